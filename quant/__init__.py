@@ -1,0 +1,1 @@
+"""Turns a Hugging Face Llama checkpoint into a 4-bit checkpoint with one scale a tensor."""

@@ -1,0 +1,133 @@
+"""The shape of a Llama model: config.json as a checked dataclass, and every parameter's name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BLOCK_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""The linear layers of a transformer block, in the order in which a step runs them."""
+
+
+class CheckpointError(ValueError):
+    """A directory that is not a usable checkpoint; the message names the directory, the fault and the mend."""
+
+    def __init__(self, root: Path, problem: str) -> None:
+        super().__init__(f"{root}: {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """The shape of a Llama model, in Hugging Face's words. Sizes are counts of elements."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, root: Path, config: Mapping[str, Any]) -> LlamaConfig:
+        """Reads config.json as transformers 4 and 5 write it.
+
+        Raises:
+            CheckpointError: another architecture, a feature that the engines do not compute (biases, rope
+                scaling, another activation), or sizes that do not fit together.
+        """
+
+        def refuse(problem: str) -> CheckpointError:
+            return CheckpointError(root, f"config.json: {problem}")
+
+        if config.get("model_type") != "llama":
+            raise refuse(f"model_type is {config.get('model_type')!r}; only 'llama' is supported")
+        for key in ("attention_bias", "mlp_bias"):
+            if config.get(key):
+                raise refuse(f"{key} is set; linear layers with a bias are not supported")
+        if config.get("hidden_act", "silu") != "silu":
+            raise refuse(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
+        # transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise refuse(f"rope scaling of type {rope_type!r} is not supported")
+
+        def size(key: str, default: int | None = None) -> int:
+            value = config.get(key) if config.get(key) is not None else default
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise refuse(f"{key} must be a positive whole number, is {value!r}")
+            return value
+
+        heads, width = size("num_attention_heads"), size("hidden_size")
+        shape = cls(
+            vocab_size=size("vocab_size"),
+            hidden_size=width,
+            intermediate_size=size("intermediate_size"),
+            num_hidden_layers=size("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=size("num_key_value_heads", heads),
+            head_dim=size("head_dim", width // heads),
+            max_position_embeddings=size("max_position_embeddings"),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+        if heads % shape.num_key_value_heads:
+            raise refuse(
+                f"{heads} attention heads cannot share {shape.num_key_value_heads} key/value heads evenly"
+            )
+        if shape.head_dim % 2:
+            raise refuse(f"head_dim must be even for rotary embeddings, is {shape.head_dim}")
+        return shape
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (M, K) of every linear layer of the body, in the order in which a step runs them."""
+        width, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        sizes = (
+            (queries, width),
+            (keys, width),
+            (keys, width),
+            (width, queries),
+            (inner, width),
+            (inner, width),
+            (width, inner),
+        )
+        return {
+            f"model.layers.{layer}.{linear}": size
+            for layer in range(self.num_hidden_layers)
+            for linear, size in zip(BLOCK_LINEARS, sizes, strict=True)
+        }
+
+    def float_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full name -> shape of every parameter that stays in floating point: embedding, norms, untied head."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size)
+        }
+        for layer in range(self.num_hidden_layers):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden_size,)
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def describe(self) -> str:
+        """One phrase for error messages."""
+        heads = "a tied head" if self.tie_word_embeddings else "its own head"
+        return f"a Llama of {self.num_hidden_layers} layers, width {self.hidden_size} and {heads}"

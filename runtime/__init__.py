@@ -1,0 +1,1 @@
+"""Runs OSP checkpoints and serves them over an OpenAI-compatible HTTP API."""
