@@ -22,6 +22,9 @@ Q_MIN, Q_MAX = -8, 7
 MAX_REDUCTION = 2**24 // (Q_MIN * Q_MIN)
 """Largest K whose integer sum float32 holds exactly: 262,144."""
 
+BFLOAT16_TINY, BFLOAT16_MAX = np.float32(2.0**-126), np.float32((2 - 2.0**-7) * 2.0**127)
+"""The smallest normal and the largest finite bfloat16."""
+
 
 class NonFiniteError(ValueError):
     """A NaN or an infinity where a weight, a scale or a calibrated range is expected; the message names it."""
@@ -33,12 +36,10 @@ def require_finite(values: NDArray[np.floating], name: str) -> None:
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
         bad = int(finite.size - np.count_nonzero(finite))
-        raise NonFiniteError(
-            f"{name}: {bad} of {finite.size} values are NaN or infinite, the first at index {at}"
-        )
+        raise NonFiniteError(f"{name}: {bad} of {finite.size} values are NaN or infinite, the first at index {at}")
 
 
-def round_to_bfloat16(values: NDArray[np.float32] | float) -> NDArray[np.float32]:
+def round_to_bfloat16(values: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
     """The nearest bfloat16 values (ties to even), as float32."""
     return np.asarray(values, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
 
@@ -57,8 +58,7 @@ def weight_scale(absmax: float, name: str = "weight") -> np.float32:
     scale = _scale(absmax, name)
     rounded = np.float32(round_to_bfloat16(scale))
     # A denormal absmax rounds to a zero scale, and one near the float32 limit to infinity; keep it a usable divisor.
-    limits = ml_dtypes.finfo(ml_dtypes.bfloat16)
-    return np.float32(np.clip(rounded, np.float32(limits.smallest_normal), np.float32(limits.max)))
+    return np.float32(np.clip(rounded, BFLOAT16_TINY, BFLOAT16_MAX))
 
 
 def activation_scale(absmax: float, name: str = "activation") -> np.float32:
@@ -130,9 +130,7 @@ def integer_matmul(x_NK: NDArray[np.int8], w_MK: NDArray[np.int8]) -> NDArray[np
         ValueError: K exceeds `MAX_REDUCTION`.
     """
     if x_NK.shape[-1] > MAX_REDUCTION:
-        raise ValueError(
-            f"a reduction of {x_NK.shape[-1]} exceeds {MAX_REDUCTION}, beyond which float32 is not exact"
-        )
+        raise ValueError(f"a reduction of {x_NK.shape[-1]} exceeds {MAX_REDUCTION}, beyond which float32 is not exact")
     return (x_NK.astype(np.float32) @ w_MK.astype(np.float32).T).astype(np.int32)
 
 

@@ -111,9 +111,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     provenance = read_provenance(root)
     check_tokenizer(root, config, provenance)
     tensors = dict(iterate_tensors(root))
-    floats = {
-        name: _take(tensors, root, name, shape, FLOAT_DTYPES) for name, shape in config.float_shapes().items()
-    }
+    floats = {name: _take(tensors, root, name, shape, FLOAT_DTYPES) for name, shape in config.float_shapes().items()}
     linears = {
         name: _take_linear(tensors, root, name, shape, quantized=scheme is not None)
         for name, shape in config.linear_shapes().items()
@@ -191,9 +189,7 @@ def write_quantized(
         tensors[f"{name}.input_scale"] = np.array([linear.input_scale], np.float32)
     quantization = {"quant_method": "osp", "format_version": FORMAT_VERSION, "scheme": scheme.to_dict()}
     save_file(tensors, root / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(
-        root / "config.json", {**config_json, "quantization_config": quantization, "dtype": "bfloat16"}
-    )
+    write_json(root / "config.json", {**config_json, "quantization_config": quantization, "dtype": "bfloat16"})
     write_json(root / "osp.json", provenance)
 
 
@@ -215,9 +211,7 @@ def _read_scheme(root: Path, quantization: dict[str, Any] | None) -> Scheme | No
     if method != "osp":
         raise CheckpointError(root, f"quantized by {method!r}; this reader knows 'osp' and full precision")
     if version != FORMAT_VERSION:
-        raise CheckpointError(
-            root, f"4-bit format version {version!r}; this reader knows version {FORMAT_VERSION}"
-        )
+        raise CheckpointError(root, f"4-bit format version {version!r}; this reader knows version {FORMAT_VERSION}")
     try:
         return Scheme.from_dict(quantization.get("scheme", {}))
     except SchemeError as error:

@@ -88,9 +88,7 @@ class LlamaConfig:
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
         if heads % shape.num_key_value_heads:
-            raise refuse(
-                f"{heads} attention heads cannot share {shape.num_key_value_heads} key/value heads evenly"
-            )
+            raise refuse(f"{heads} attention heads cannot share {shape.num_key_value_heads} key/value heads evenly")
         if shape.head_dim % 2:
             raise refuse(f"head_dim must be even for rotary embeddings, is {shape.head_dim}")
         return shape
@@ -116,9 +114,7 @@ class LlamaConfig:
 
     def float_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full name -> shape of every parameter that stays in floating point: embedding, norms, untied head."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size)
-        }
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_hidden_layers):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden_size,)
