@@ -1,0 +1,74 @@
+"""Reads documents for calibration and evaluation from plain text and JSON lines. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+"""What a directory is searched for. A .txt or .md file is one document; a .jsonl file holds one on every line."""
+
+
+class TextError(ValueError):
+    """Text that cannot be used; the message names the file (and the line) and says why."""
+
+
+def read_documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
+    """The documents of files and directories, in the order of `paths`; directories are walked in sorted order.
+
+    A line of a .jsonl file is an object whose "text" is the document. Documents of white space only are skipped.
+
+    Raises, while iterating:
+        TextError: a path is missing or of another kind, a file is not UTF-8, a line has no text, or all of
+            `paths` together hold no document.
+    """
+    empty = True
+    for path in paths:
+        for file in _files(Path(path)):
+            for document in _documents(file):
+                if document.strip():
+                    empty = False
+                    yield document
+    if empty:
+        raise TextError(f"no text in {', '.join(str(path) for path in paths) or 'an empty list of paths'}")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            raise TextError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
+        return files
+    if not path.exists():
+        raise TextError(f"{path}: no such file or directory")
+    if path.suffix not in SUFFIXES:
+        raise TextError(f"{path}: not a text file this program reads ({', '.join(SUFFIXES)})")
+    return [path]
+
+
+def _documents(file: Path) -> Iterator[str]:
+    try:
+        if file.suffix == ".jsonl":
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield _text_of(line, f"{file}:{number}")
+        else:
+            yield file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise TextError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise TextError(f"{where}: not a JSON object ({error})") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise TextError(f'{where}: no "text" field that holds a string')
+    return text
