@@ -22,6 +22,9 @@ Q_MIN, Q_MAX = -8, 7
 MAX_REDUCTION = 2**24 // (Q_MIN * Q_MIN)
 """Largest K whose integer sum float32 holds exactly: 262,144."""
 
+Codes = NDArray[np.int8] | NDArray[np.float32]
+"""4-bit codes: whole numbers in [-8, 7], as int8 or widened to float32."""
+
 BFLOAT16_TINY, BFLOAT16_MAX = np.float32(2.0**-126), np.float32((2 - 2.0**-7) * 2.0**127)
 """The smallest normal and the largest finite bfloat16."""
 
@@ -121,21 +124,22 @@ def unpack(packed: NDArray[np.uint8], length: int) -> NDArray[np.int8]:
     return codes[..., :length]
 
 
-def integer_matmul(x_NK: NDArray[np.int8], w_MK: NDArray[np.int8]) -> NDArray[np.int32]:
+def integer_matmul(x_NK: NDArray[np.int8], w_MK: Codes) -> NDArray[np.int32]:
     """The exact sums `x_NK @ w_MK.T` of 4-bit codes, int32 [N, M].
 
-    A float32 BLAS does the work: every partial sum is an integer below 2**24, hence exact in any order.
+    A float32 BLAS does the work: every partial sum is an integer below 2**24, hence exact in any order. Weight
+    codes that are held as float32 spare their conversion in each call.
 
     Raises:
         ValueError: K exceeds `MAX_REDUCTION`.
     """
     if x_NK.shape[-1] > MAX_REDUCTION:
         raise ValueError(f"a reduction of {x_NK.shape[-1]} exceeds {MAX_REDUCTION}, beyond which float32 is not exact")
-    return (x_NK.astype(np.float32) @ w_MK.astype(np.float32).T).astype(np.int32)
+    return (x_NK.astype(np.float32) @ w_MK.astype(np.float32, copy=False).T).astype(np.int32)
 
 
 def quantized_linear(
-    x_NK: NDArray[np.float32], input_scale: np.float32, w_MK: NDArray[np.int8], w_scale: np.float32
+    x_NK: NDArray[np.float32], input_scale: np.float32, w_MK: Codes, w_scale: np.float32
 ) -> NDArray[np.float32]:
     """A W4A4 linear layer: quantize the rows, sum integers, multiply once. float32 [N, K] -> float32 [N, M]."""
     sums_NM = integer_matmul(quantize(x_NK, input_scale), w_MK)

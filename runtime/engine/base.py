@@ -7,6 +7,7 @@ vLLM brings its own scheduler and implements `Engine` directly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +25,18 @@ class RequestRejectedError(ValueError):
     """The engine cannot take this request, through no fault of the engine's; the message says why."""
 
 
+class QueueFullError(RequestRejectedError):
+    """As many requests wait as the engine lets wait; the same request may succeed later."""
+
+
+class DrainingError(RequestRejectedError):
+    """The engine is shutting down and takes no new requests."""
+
+
+class GenerationError(RuntimeError):
+    """This one request failed in the engine (NaN logits, say); the engine and the other requests go on."""
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended. `stop`: an end token (or, in the text layer, a stop string). `length`: `max_tokens`."""
 
@@ -38,7 +51,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: most tokens to generate, >= 1. Prompt plus `max_tokens` must fit the context.
-        temperature: >= 0; 0 is greedy.
+        temperature: >= 0 and finite; 0 is greedy.
         top_p: in (0, 1]; the smallest set of tokens whose probability reaches it is kept.
         seed: the random stream depends on (seed, position) only, so the same request gives the same tokens.
         stop_token_ids: tokens that end the sequence. The token itself is part of the output.
@@ -78,6 +91,28 @@ class EngineInfo:
     vocab_size: int
 
 
+def check_request(request: GenerationRequest, info: EngineInfo) -> None:
+    """Raises `RequestRejectedError`, saying what is wrong, unless an engine such as `info` can run the request."""
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if not prompt:
+        raise RequestRejectedError("the prompt is empty; it needs at least one token")
+    foreign = next((token for token in prompt if not 0 <= token < info.vocab_size), None)
+    if foreign is not None:
+        raise RequestRejectedError(f"token id {foreign} is outside the vocabulary of {info.vocab_size}")
+    if sampling.max_tokens < 1:
+        raise RequestRejectedError(f"max_tokens must be at least 1, is {sampling.max_tokens}")
+    if len(prompt) + sampling.max_tokens > info.context_length:
+        raise RequestRejectedError(
+            f"{len(prompt)} prompt tokens and max_tokens of {sampling.max_tokens} exceed the context of "
+            f"{info.context_length} tokens"
+        )
+    # Written so that NaN fails too.
+    if not 0 <= sampling.temperature < math.inf:
+        raise RequestRejectedError(f"temperature must be a finite number >= 0, is {sampling.temperature}")
+    if not 0 < sampling.top_p <= 1:
+        raise RequestRejectedError(f"top_p must lie in (0, 1], is {sampling.top_p}")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for `/metrics`. `kv_usage` is the share of KV blocks in use, 0 to 1."""
@@ -97,9 +132,13 @@ class Engine(Protocol):
         """Streams chunks until one has a `finish_reason`. Closing the iterator aborts the request.
 
         Raises, at the first `__anext__`:
-            RequestRejectedError: prompt plus `max_tokens` exceed the context, an id is outside the vocabulary,
-                an empty prompt, a duplicate id.
-            EngineDeadError: the engine has died; also in the middle of a stream.
+            RequestRejectedError: prompt plus `max_tokens` exceed the context or the KV cache, an id is outside the
+                vocabulary, an empty prompt, a setting out of range, a `request_id` that is live already.
+            QueueFullError, DrainingError: not now; both are `RequestRejectedError`s.
+
+        Raises, also in the middle of a stream:
+            EngineDeadError: the engine has died.
+            GenerationError: this request failed; the engine lives on.
         """
         ...
 
@@ -126,7 +165,7 @@ class SequenceSlice:
         token_ids: int32 [L], L >= 1.
         start: position of `token_ids[0]`. The keys and values of positions 0 … start-1 are in the cache.
         block_table: int32 [blocks]; position p lives in block `block_table[p // block_size]`, row `p % block_size`.
-            Covers positions 0 … start+L-1.
+            Covers at least the positions 0 … start+L-1.
         num_logits: logits are wanted for this many of the last tokens: 0 for a prefill chunk that is not the
             last, 1 to sample the next token, L to score a prompt.
     """
