@@ -123,8 +123,8 @@ class _RMSNorm:
         self._eps = np.float32(checkpoint.config.rms_norm_eps)
 
     def __call__(self, x_ND: Floats) -> Floats:
-        mean_square_N1: Floats = np.mean(np.square(x_ND), axis=-1, keepdims=True)
-        return x_ND / np.sqrt(mean_square_N1 + self._eps) * self._weight_D
+        rms_N1: Floats = np.sqrt(np.mean(np.square(x_ND), axis=-1, keepdims=True) + self._eps)
+        return x_ND / rms_N1 * self._weight_D
 
 
 class _Rotary:
@@ -195,7 +195,8 @@ def _dot_rows(x_NK: Floats, w_MK: Floats) -> Floats:
 
 def _silu(x: Floats) -> Floats:
     with np.errstate(over="ignore"):  # exp(-x) may be infinite, and then silu(x) is rightly zero
-        return x / (np.float32(1) + np.exp(-x))
+        decay: Floats = np.exp(-x)
+    return x / (1 + decay)
 
 
 def _widen(weight: Tensor) -> Floats:

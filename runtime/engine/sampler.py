@@ -41,8 +41,9 @@ def sample(logits_V: NDArray[np.float32], sampling: SamplingParams, position: in
 def _softmax(logits_V: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
     # Subtracting first keeps the quotient <= 0: with a tiny temperature it overflows to -inf, whose exp is a true 0.
     with np.errstate(over="ignore"):
-        weights_V: NDArray[np.float64] = np.exp((logits_V.astype(np.float64) - logits_V.max()) / temperature)
-    return weights_V / weights_V.sum()
+        weights_V = np.exp((logits_V.astype(np.float64) - logits_V.max()) / temperature)
+    probabilities_V: NDArray[np.float64] = weights_V / weights_V.sum()
+    return probabilities_V
 
 
 def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
