@@ -3,7 +3,7 @@
 A checkpoint is a directory:
 
     config.json          Hugging Face Llama; a 4-bit one has `quantization_config.quant_method = "osp"`
-    *.safetensors        one file, or shards with `model.safetensors.index.json`
+    model.safetensors    one file, or shards with `model.safetensors.index.json`; a 4-bit one has osp.safetensors
     tokenizer.json       its SHA-256 stands in osp.json
     osp.json             where the checkpoint comes from and what was measured (optional for foreign models)
 
@@ -39,6 +39,8 @@ from quant.scheme import Scheme, SchemeError
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# transformers ignores a quant_method that it does not know and would fill in random weights: it must find no file.
+QUANTIZED_WEIGHTS_FILE = "osp.safetensors"
 FLOAT_DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 
 Tensor = NDArray[Any]
@@ -156,7 +158,8 @@ def check_tokenizer(root: Path, config: LlamaConfig, provenance: Mapping[str, An
     if recorded is not None and recorded != actual:
         raise CheckpointError(
             root,
-            f"tokenizer.json is not the one this model was made with (SHA-256 {actual[:12]}…, osp.json records {recorded[:12]}…)",
+            f"tokenizer.json is not the one this model was made with: its SHA-256 is {actual[:12]}…, "
+            f"osp.json records {recorded[:12]}…",
         )
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
@@ -181,14 +184,22 @@ def write_quantized(
     Args:
         config_json: the source model's config.json.
         floats: the parameters that stay in 16 bit; stored as bfloat16.
+
+    Raises:
+        NonFiniteError: a parameter is too large for bfloat16.
     """
-    tensors: dict[str, Tensor] = {name: np.asarray(t, ml_dtypes.bfloat16) for name, t in floats.items()}
+    with np.errstate(over="ignore"):
+        tensors: dict[str, Tensor] = {name: np.asarray(t, ml_dtypes.bfloat16) for name, t in floats.items()}
+    for name, tensor in tensors.items():
+        arithmetic.require_finite(tensor, name)
     for name, linear in linears.items():
         tensors[f"{name}.weight_packed"] = np.ascontiguousarray(linear.packed)
         tensors[f"{name}.weight_scale"] = np.array([linear.weight_scale], np.float32)
         tensors[f"{name}.input_scale"] = np.array([linear.input_scale], np.float32)
     quantization = {"quant_method": "osp", "format_version": FORMAT_VERSION, "scheme": scheme.to_dict()}
-    save_file(tensors, root / WEIGHTS_FILE, metadata={"format": "pt"})
+    # transformers 4 wrote torch_dtype for what is now dtype.
+    config_json = {key: value for key, value in config_json.items() if key != "torch_dtype"}
+    save_file(tensors, root / QUANTIZED_WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(root / "config.json", {**config_json, "quantization_config": quantization, "dtype": "bfloat16"})
     write_json(root / "osp.json", provenance)
 
@@ -231,10 +242,13 @@ def _read_json(root: Path, name: str, if_missing: str) -> dict[str, Any]:
 
 
 def _weight_files(root: Path) -> list[Path]:
-    if not (root / INDEX_FILE).exists():
-        if not (root / WEIGHTS_FILE).exists():
-            raise CheckpointError(root, f"neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
-        return [root / WEIGHTS_FILE]
+    for name in (QUANTIZED_WEIGHTS_FILE, INDEX_FILE, WEIGHTS_FILE):
+        if (root / name).exists():
+            break
+    else:
+        raise CheckpointError(root, f"{WEIGHTS_FILE} is missing (as are {INDEX_FILE} and {QUANTIZED_WEIGHTS_FILE})")
+    if name != INDEX_FILE:
+        return [root / name]
     weight_map = _read_json(root, INDEX_FILE, "").get("weight_map", {})
     files = [root / name for name in dict.fromkeys(weight_map.values())]
     missing = [file.name for file in files if not file.exists()]

@@ -1,10 +1,15 @@
-"""Reads documents for calibration and evaluation from plain text and JSON lines. Standard library only."""
+"""Text for calibration and evaluation: reads documents and cuts their tokens into windows. Standard library only.
+
+The convention of perplexity, for every engine: a document is encoded by the tokenizer as it stands and cut by
+`windows`; the first token of a window is not scored; perplexity is exp(sum of negative log likelihoods / number of
+scored tokens), summed in float64.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -33,6 +38,15 @@ def read_documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
                     yield document
     if empty:
         raise TextError(f"no text in {', '.join(str(path) for path in paths) or 'an empty list of paths'}")
+
+
+def windows(documents: Iterable[list[int]], context_length: int) -> Iterator[list[int]]:
+    """Each document's tokens in consecutive windows of `context_length`; a last window of one token is dropped."""
+    for tokens in documents:
+        for start in range(0, len(tokens), context_length):
+            window = tokens[start : start + context_length]
+            if len(window) >= 2:
+                yield window
 
 
 def _files(path: Path) -> list[Path]:
@@ -71,4 +85,6 @@ def _text_of(line: str, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise TextError(f'{where}: no "text" field that holds a string')
+    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can escape half a surrogate pair
+        raise TextError(f"{where}: the text holds half a surrogate pair and is not Unicode")
     return text
