@@ -1,0 +1,75 @@
+import itertools
+
+import pytest
+import torch
+
+from trainer.config import ModelConfig, TrainConfig
+from trainer.model import OSPModel
+from trainer.optimizer import learning_rate_share, make_optimizers, parameter_groups, set_learning_rate
+
+SHAPE = ModelConfig(96, 48, 80, num_layers=2, num_heads=4, context_length=32)
+
+
+def names_in(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> set[str]:
+    wanted = {id(parameter) for parameter in parameters}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+def test_muon_gets_every_matrix_of_the_body_and_both_projections():
+    model = OSPModel(SHAPE, "osp")
+    muon, adam = make_optimizers(model, TrainConfig(SHAPE))
+    assert isinstance(muon, torch.optim.Muon)
+    got = names_in(model, [p for group in muon.param_groups for p in group["params"]])
+    block = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    block += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert got == {f"layers.{i}.{name}.weight" for i in range(2) for name in block} | {
+        "embed_projection.weight",
+        "head_projection.weight",
+    }
+    rest = names_in(model, [p for group in adam.param_groups for p in group["params"]])
+    assert rest == {name for name, _ in model.named_parameters()} - got
+
+
+def test_muon_has_the_papers_settings():
+    muon, _ = make_optimizers(OSPModel(SHAPE, "osp"), TrainConfig(SHAPE, weight_decay=0.01))
+    settings = {key: muon.defaults[key] for key in ("momentum", "nesterov", "ns_steps", "adjust_lr_fn", "eps")}
+    assert settings == {
+        "momentum": 0.95,
+        "nesterov": True,
+        "ns_steps": 5,
+        "adjust_lr_fn": "match_rms_adamw",
+        "eps": 1e-8,
+    }
+    assert muon.param_groups[0]["weight_decay"] == 0.01
+
+
+def test_the_adam_twin_uses_adam_for_everything():
+    model = OSPModel(SHAPE, "adam")
+    (adam,) = make_optimizers(model, TrainConfig(SHAPE, recipe="adam"))
+    assert isinstance(adam, torch.optim.AdamW)
+    assert sum(len(group["params"]) for group in adam.param_groups) == len(list(model.parameters()))
+
+
+def test_a_module_that_the_groups_would_list_twice_is_refused():
+    model = OSPModel(SHAPE, "osp")
+    model.layers[0].self_attn.q_proj.weight = model.lm_head.weight
+    with pytest.raises(RuntimeError, match="exactly once"):
+        parameter_groups(model)
+
+
+def test_the_schedule_warms_up_stays_and_decays_to_almost_zero():
+    config = TrainConfig(SHAPE, steps=1000, warmup_share=0.1, decay_share=0.2)
+    shares = [learning_rate_share(step, config) for step in range(1000)]
+    assert shares[0] == pytest.approx(0.01)
+    assert shares[99:801] == [1.0] * 702
+    assert shares[900] == pytest.approx(0.5)
+    assert shares[999] == pytest.approx(1 / 200)
+    assert all(a < b for a, b in itertools.pairwise(shares[:100]))
+
+
+def test_every_group_follows_the_schedule():
+    config = TrainConfig(SHAPE, matrix_lr=0.02, embedding_lr=0.004)
+    optimizers = make_optimizers(OSPModel(SHAPE, "osp"), config)
+    set_learning_rate(optimizers, 0.25)
+    set_learning_rate(optimizers, 0.5)
+    assert [group["lr"] for optimizer in optimizers for group in optimizer.param_groups] == [0.01, 0.002, 0.002]

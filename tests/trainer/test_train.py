@@ -1,0 +1,126 @@
+import hashlib
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer import export
+from trainer.cli import train as train_command
+from trainer.config import ConfigError, preset
+from trainer.model import OSPModel
+from trainer.train import Trainer, TrainingError, checkpoints, prepare, train
+
+TINY = preset("tiny", steps=24)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A short finished run, stored in float32."""
+    directory = tmp_path_factory.mktemp("run")
+    return directory, train([corpus], directory, TINY, dtype=torch.float32, quiet=True)
+
+
+def test_the_loss_falls_and_the_log_says_so(finished):
+    directory, report = finished
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert lines[-1]["step"] == 24
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert report["held_out_loss"] < 6.0 < torch.log(torch.tensor(512.0))
+    assert report["tokens_seen"] == 24 * TINY.batch_tokens
+
+
+def test_the_export_loads_without_remote_code_and_computes_the_same(finished):
+    directory, _ = finished
+    config = json.loads((directory / "final" / "config.json").read_text("utf-8"))
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "auto_map" not in config
+    llama = AutoModelForCausalLM.from_pretrained(directory / "final")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "final")
+    model = OSPModel(TINY.model, "osp")
+    model.load_state_dict(torch.load(checkpoints(directory)[-1], weights_only=True)["model"])
+    ids = tokenizer("The value of the expression", return_tensors="pt").input_ids
+    assert ids[0, 0] == llama.config.bos_token_id == llama.generation_config.eos_token_id == tokenizer.eos_token_id
+    with torch.no_grad():
+        torch.testing.assert_close(llama(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_osp_json_says_where_the_model_comes_from(finished):
+    directory, report = finished
+    osp = json.loads((directory / "final" / "osp.json").read_text("utf-8"))
+    assert osp["training"] == json.loads(json.dumps(report))
+    assert osp["tokenizer_sha256"] == hashlib.sha256((directory / "final" / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(finished, corpus, tmp_path):
+    directory, _ = finished
+    streams = prepare([corpus], tmp_path / "data", TINY)
+    first = Trainer.start(TINY, tmp_path, streams)
+    for _ in range(10):
+        first.train_step()
+    first.save()
+    report = train([corpus], tmp_path, TINY, resume=True, dtype=torch.float32, quiet=True)
+    assert report["steps"] == 24
+    whole, broken = (torch.load(checkpoints(d)[-1], weights_only=True)["model"] for d in (directory, tmp_path))
+    for name in whole:
+        assert torch.equal(whole[name], broken[name]), name
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(corpus, tmp_path):
+    trainer = Trainer.start(TINY, tmp_path, prepare([corpus], tmp_path / "data", TINY))
+    with torch.no_grad():
+        trainer.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(TrainingError, match=r"step 1: loss nan"):
+        trainer.train_step()
+    for old, new in zip(before, trainer.model.parameters(), strict=True):
+        assert torch.equal(old.nan_to_num(7), new.nan_to_num(7))
+
+
+def test_an_export_that_would_change_the_logits_is_refused(monkeypatch):
+    model = OSPModel(TINY.model, "osp")
+    assert export.assert_unchanged(model) < 1e-12
+    correct = export.folded
+
+    def wrong(model):
+        plain = correct(model)
+        with torch.no_grad():
+            plain.lm_head.weight[3, 5] += 1e-3
+        return plain
+
+    monkeypatch.setattr(export, "folded", wrong)
+    with pytest.raises(export.ExportError, match="changed the logits"):
+        export.assert_unchanged(model)
+
+
+def test_a_run_is_not_started_over_another_nor_resumed_from_nothing(finished, corpus, tmp_path):
+    directory, _ = finished
+    with pytest.raises(ConfigError, match="--resume"):
+        train([corpus], directory, TINY)
+    with pytest.raises(ConfigError, match="another steps"):
+        train([corpus], directory, preset("tiny", steps=25), resume=True)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        train([corpus], tmp_path, TINY, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nowhere", "no such file"),
+        (lambda folder: folder, "the corpus has 0 document"),
+        (lambda folder: _write(folder / "a.txt", "just one"), "at least 2"),
+    ],
+)
+def test_the_command_names_what_is_wrong_with_a_corpus(tmp_path, make, message):
+    (tmp_path / "corpus").mkdir()
+    arguments = ["--preset", "tiny", "--data", str(make(tmp_path / "corpus")), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(train_command, arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def _write(path, text):
+    path.write_text(text, "utf-8")
+    return path

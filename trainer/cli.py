@@ -1,0 +1,67 @@
+"""`osp train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from trainer.config import PRESETS, ConfigError, preset
+
+
+@click.command(short_help="Train an outlier-safe model and export it as a Hugging Face Llama.")
+@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="demo", show_default=True)
+@click.option(
+    "--data",
+    "paths",
+    multiple=True,
+    required=True,
+    help="A .txt file (one document), a .jsonl file (objects with a 'text'), or a directory of them. Repeatable.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Run directory; the model lands in OUT/final."
+)
+@click.option("--recipe", type=click.Choice(["osp", "adam"]), help="adam: the plain twin, AdamW and RMSNorm.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.")
+@click.option("--seed", type=int, help="Seed of initialization and data order.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--resume", is_flag=True, help="Continue the run in OUT from its last checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def train(
+    preset_name: str,
+    paths: tuple[str, ...],
+    out: Path,
+    recipe: str | None,
+    steps: int | None,
+    seed: int | None,
+    threads: int | None,
+    dtype: str,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Trains a compact model on your text, outlier-safe by default, and exports it to OUT/final as a plain Llama."""
+    try:
+        import torch
+
+        from trainer.data import DataError
+        from trainer.export import ExportError
+        from trainer.train import TrainingError
+        from trainer.train import train as run_training
+    except ImportError as error:
+        raise click.ClickException(f"{error}; training needs: pip install 'osp-runtime[train]'") from None
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        config = preset(preset_name, recipe=recipe, steps=steps, seed=seed)
+        report = run_training(paths, out, config, resume=resume, dtype=getattr(torch, dtype), quiet=as_json)
+    except (ConfigError, DataError, TrainingError, ExportError) as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        click.echo(json.dumps({"checkpoint": str(out / "final"), **report}))
+    else:
+        click.echo(
+            f"{out / 'final'}: held-out loss {report['held_out_loss']:.4f}, "
+            f"excess kurtosis {report['excess_kurtosis']:.3g}, {report['tokens_seen']:,} tokens seen"
+        )

@@ -1,0 +1,137 @@
+"""What to train and how: typed settings and the presets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Recipe = Literal["osp", "adam"]
+"""`osp`: Muon, Single-Scale RMSNorm and embedding projections. `adam`: the plain twin, AdamW and RMSNorm."""
+
+
+class ConfigError(ValueError):
+    """A setting that makes no sense, alone or beside another; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a Llama. Sizes are counts of elements; every query head has its own key/value head."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    context_length: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} over {self.num_heads} heads must give a whole, even head size"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """One training run. The learning rate rises linearly, stays, and falls linearly to zero (warm-up, stable, decay).
+
+    Attributes:
+        batch_tokens: tokens an optimizer step; a multiple of the model's context length.
+        matrix_lr: Muon's learning rate for the matrices of the body and both embedding projections. The update is
+            scaled to AdamW's RMS, so one value serves AdamW too, which uses it under the `adam` recipe.
+        embedding_lr: AdamW's learning rate for the embedding, the head and the norms.
+        held_out: share of the documents that training never sees.
+        eval_tokens: held-out tokens that each evaluation reads, at most.
+        autocast: run matrix products in bfloat16; parameters and optimizer state stay float32.
+    """
+
+    model: ModelConfig
+    recipe: Recipe = "osp"
+    steps: int = 1000
+    batch_tokens: int = 4096
+    matrix_lr: float = 2e-3
+    embedding_lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_share: float = 0.02
+    decay_share: float = 0.3
+    gradient_clip: float = 1.0
+    held_out: float = 0.02
+    eval_tokens: int = 16_384
+    eval_every: int = 200
+    checkpoint_every: int = 500
+    autocast: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens % self.model.context_length:
+            raise ConfigError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of the context length {self.model.context_length}"
+            )
+        for name in ("steps", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, is {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written into checkpoints and osp.json."""
+        return asdict(self)
+
+
+PRESETS = {
+    # A minute or less on any machine: for tests and for trying out a corpus.
+    "tiny": TrainConfig(
+        ModelConfig(512, 64, 160, num_layers=2, num_heads=2, context_length=64),
+        steps=100,
+        batch_tokens=1024,
+        matrix_lr=4e-3,
+        embedding_lr=4e-3,
+        eval_every=50,
+    ),
+    # The bundled model: 5.1 million parameters.
+    "demo": TrainConfig(
+        ModelConfig(4096, 256, 640, num_layers=4, num_heads=4, context_length=512),
+        steps=5000,
+        batch_tokens=4096,
+        autocast=True,
+    ),
+    "17m": TrainConfig(
+        ModelConfig(8192, 384, 1024, num_layers=6, num_heads=6, context_length=1024),
+        steps=20_000,
+        batch_tokens=16_384,
+        autocast=True,
+    ),
+    "135m": TrainConfig(
+        ModelConfig(49_152, 576, 1536, num_layers=30, num_heads=9, context_length=2048),
+        steps=100_000,
+        batch_tokens=262_144,
+        matrix_lr=1e-3,
+        embedding_lr=1e-3,
+        autocast=True,
+    ),
+    # The shape and learning rate of the paper (arXiv 2506.19697).
+    "1.4b": TrainConfig(
+        ModelConfig(49_152, 2048, 5504, num_layers=24, num_heads=16, context_length=2048),
+        steps=1_000_000,
+        batch_tokens=1_048_576,
+        matrix_lr=5e-4,
+        embedding_lr=5e-4,
+        autocast=True,
+    ),
+}
+
+
+def preset(name: str, **changes: Any) -> TrainConfig:
+    """The preset called `name`, with `changes` to its fields; those that are None are left alone.
+
+    Raises:
+        ConfigError: no such preset, or settings that do not fit together.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})

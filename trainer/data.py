@@ -1,0 +1,187 @@
+"""From text to tokens on disk, and from there to batches.
+
+A run directory's `data/` holds the tokenizer and two streams of token ids, `train.bin` and `held_out.bin`: documents
+one after the other, each starting with the end-of-text token. Batches are windows of the training stream in an order
+that depends on the seed and the step only, so the step number is the whole cursor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from trainer.config import ConfigError, TrainConfig
+from trainer.tokenizer import save_tokenizer, train_tokenizer
+
+SUFFIXES = (".txt", ".jsonl")
+
+
+class DataError(ValueError):
+    """A corpus that cannot be read or is too small; the message names the file, the fault and the mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStreams:
+    """The prepared corpus: memory-mapped token ids, and what osp.json says of them."""
+
+    train: NDArray[np.uint16 | np.uint32]
+    held_out: NDArray[np.uint16 | np.uint32]
+    tokenizer: Tokenizer
+    documents: int
+    held_out_documents: int
+
+
+def read_documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
+    """Every document of the files and directories (walked in sorted order): a .txt file is one document, a .jsonl file
+    has one object with a "text" a line. Blank documents are passed over.
+
+    Raises:
+        DataError: a path is missing or of another kind, a file is not UTF-8, a line has no text.
+    """
+    for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or directory")
+        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
+        for file in files:
+            if file.suffix not in SUFFIXES:
+                raise DataError(f"{file}: expected a file that ends in {' or '.join(SUFFIXES)}")
+            try:
+                texts = [file.read_text("utf-8")] if file.suffix == ".txt" else list(_jsonl_texts(file))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file}: not UTF-8 (byte {error.start}); convert it first") from None
+            yield from (text for text in texts if text.strip())
+
+
+def _jsonl_texts(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield str(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f'{file}, line {number}: not a JSON object with a "text" field') from None
+
+
+def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
+    """(training, held-out) documents in their order. The split follows each document's hash, so that it neither
+    depends on the order nor moves a document when others are added; at least one is held out.
+
+    Raises:
+        DataError: fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise DataError(
+            f"the corpus has {len(documents)} document(s); at least 2 are needed, since whole documents are held out "
+            "for validation (a .txt file is one document, a .jsonl file has one a line)"
+        )
+    ranks = [hashlib.sha256(text.encode()).digest() for text in documents]
+    threshold = int(held_out * 2**64)
+    below = {rank for rank in ranks if int.from_bytes(rank[:8], "big") < threshold} or {min(ranks)}
+    train = [text for text, rank in zip(documents, ranks, strict=True) if rank not in below]
+    if not train:
+        raise DataError("every document would be held out: the corpus holds the same text again and again")
+    return train, [text for text, rank in zip(documents, ranks, strict=True) if rank in below]
+
+
+def prepare(paths: Sequence[str | os.PathLike[str]], directory: Path, config: TrainConfig) -> TokenStreams:
+    """Reads the corpus, trains the tokenizer, writes tokenizer and token streams into `directory`, or takes the ones
+    that are there already.
+
+    Raises:
+        DataError: the corpus cannot be read, or is smaller than one batch.
+        ConfigError: the tokenizer already there has another vocabulary size.
+    """
+    summary_file = directory / "data.json"
+    if not summary_file.exists():
+        _write_streams(paths, directory, config)
+    summary = json.loads(summary_file.read_text("utf-8"))
+    if summary["vocab_size"] != config.model.vocab_size:
+        raise ConfigError(
+            f"{directory} was prepared for a vocabulary of {summary['vocab_size']}, the model has "
+            f"{config.model.vocab_size}; choose another --out"
+        )
+    train, held_out = (
+        np.memmap(directory / f"{name}.bin", dtype=summary["dtype"], mode="r") for name in ("train", "held_out")
+    )
+    return TokenStreams(
+        train,
+        held_out,
+        Tokenizer.from_file(str(directory / "tokenizer.json")),
+        documents=summary["documents"],
+        held_out_documents=summary["held_out_documents"],
+    )
+
+
+def _write_streams(paths: Sequence[str | os.PathLike[str]], directory: Path, config: TrainConfig) -> None:
+    train, held_out = split_documents(list(read_documents(paths)), config.held_out)
+    tokenizer = train_tokenizer(train, config.model.vocab_size)
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = "uint16" if config.model.vocab_size <= 2**16 else "uint32"
+    for name, documents in (("train", train), ("held_out", held_out)):
+        encoded = [encoding.ids for encoding in tokenizer.encode_batch(documents)]
+        ids = np.concatenate([np.asarray(document, dtype) for document in encoded])
+        needed = config.batch_tokens + config.model.context_length if name == "train" else 2
+        if ids.size < needed:
+            raise DataError(
+                f"the {name.replace('_', '-')} part of the corpus has {ids.size} tokens in {len(documents)} "
+                f"document(s); at least {needed} are needed"
+            )
+        ids.tofile(directory / f"{name}.bin")
+    save_tokenizer(tokenizer, directory, config.model.context_length)
+    with (directory / "held_out.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held_out)
+    summary = {
+        "vocab_size": config.model.vocab_size,
+        "dtype": dtype,
+        "documents": len(train),
+        "held_out_documents": len(held_out),
+    }
+    # Written last: its presence says that the rest is complete.
+    (directory / "data.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def training_batch(stream: NDArray[np.integer], config: TrainConfig, step: int) -> torch.Tensor:
+    """The windows of `step`: int64 [B, L + 1]; inputs are `[:, :-1]`, targets `[:, 1:]`.
+
+    Each epoch visits every window once, in a new order and cut at a new offset.
+    """
+    length = config.model.context_length
+    rows = config.batch_tokens // length
+    windows = (len(stream) - length) // length
+    chosen = []
+    for index in range(step * rows, (step + 1) * rows):
+        epoch, position = divmod(index, windows)
+        order, offset = _epoch_order(config.seed, epoch, windows, length)
+        start = int(order[position]) * length + offset
+        chosen.append(stream[start : start + length + 1].astype(np.int64))
+    return torch.from_numpy(np.stack(chosen))
+
+
+_orders: dict[tuple[int, int, int, int], tuple[NDArray[np.int64], int]] = {}
+
+
+def _epoch_order(seed: int, epoch: int, windows: int, length: int) -> tuple[NDArray[np.int64], int]:
+    key = (seed, epoch, windows, length)
+    if key not in _orders:
+        if len(_orders) > 1:
+            _orders.clear()
+        generator = np.random.default_rng([seed, epoch])
+        _orders[key] = generator.permutation(windows), int(generator.integers(length))
+    return _orders[key]
+
+
+def held_out_windows(stream: NDArray[np.integer], length: int, tokens: int) -> torch.Tensor:
+    """Windows spread evenly over the held-out stream, at most `tokens` tokens, at least one: int64 [B, L + 1]."""
+    length = min(length, len(stream) - 1)
+    windows = (len(stream) - 1) // length
+    count = max(1, min(windows, tokens // length))
+    starts = np.arange(count) * windows // count * length
+    return torch.from_numpy(np.stack([stream[start : start + length + 1].astype(np.int64) for start in starts]))
