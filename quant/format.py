@@ -296,6 +296,10 @@ def _take_linear(
     for kind, scale in scales.items():
         if scale <= 0:
             raise CheckpointError(root, f"tensor {name}.{kind} must be positive, is {scale}")
+    if arithmetic.round_to_bfloat16(scales["weight_scale"]) != scales["weight_scale"]:
+        raise CheckpointError(root, f"tensor {name}.weight_scale is not a bfloat16 number: {scales['weight_scale']}")
+    if columns % 2 and (packed[:, -1] >> 4).any():
+        raise CheckpointError(root, f"tensor {name}.weight_packed has an odd row whose padding nibble is not zero")
     return QuantizedLinear(packed, columns, scales["weight_scale"], scales["input_scale"])
 
 

@@ -1,0 +1,75 @@
+"""Tiny Hugging Face Llama checkpoints, made by transformers itself, with a tokenizer of one token a byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MakeCheckpoint = Callable[..., Path]
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 24,
+    "intermediate_size": 41,  # odd, so that the last byte of a packed row is half empty
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level BPE without merges: token ids are those of the 256 bytes, in the order of their letters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """`make_checkpoint(name="source", dtype=torch.bfloat16, max_shard_size=None, **shape)` -> its directory."""
+
+    def make(
+        name: str = "source", dtype: torch.dtype = torch.bfloat16, max_shard_size: str | None = None, **shape: Any
+    ) -> Path:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **shape}))
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.2)  # the default of 0.02 leaves all logits alike
+        path = tmp_path / name
+        model.to(dtype).save_pretrained(path, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+        byte_tokenizer().save(str(path / "tokenizer.json"))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def checkpoint_path(make_checkpoint: MakeCheckpoint) -> Path:
+    """A bfloat16 checkpoint with its own head, two query heads a key head, and odd widths."""
+    return make_checkpoint()
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """`edit_config(path, key=value)` changes fields of config.json."""
+
+    def edit(path: Path, **fields: Any) -> None:
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return edit
