@@ -1,0 +1,52 @@
+"""From a name to an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quant.format import Checkpoint
+from quant.llama import CheckpointError
+from runtime.engine.base import GenerationRequest, SamplingParams
+from runtime.engine.load import UnknownEngineError, load_engine, load_runner
+from runtime.engine.scheduler import SchedulerLimits
+
+
+@pytest.mark.parametrize("name", ["native", "onnx", "vllm", "referense", ""])
+def test_an_engine_that_this_release_lacks(name: str) -> None:
+    for load in (load_engine, load_runner):
+        with pytest.raises(UnknownEngineError, match=f"no engine '{name}'; it has: auto, reference"):
+            load(name, Path("nowhere"))
+
+
+def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        load_engine("reference", tmp_path)
+
+
+def test_auto_says_what_it_chose(quantized: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert load_runner("auto", quantized.path).info.engine == "reference"
+    assert len(caplog.records) == 1
+    assert "reference" in caplog.text
+
+
+def test_the_engine_generates(quantized: Checkpoint) -> None:
+    async def main() -> int:
+        engine = load_engine("reference", quantized.path, SchedulerLimits(max_sequences=2))
+        wanted = GenerationRequest("a", (1, 2), SamplingParams(max_tokens=4))
+        count = len([chunk async for chunk in engine.generate(wanted)])
+        await engine.shutdown(1)
+        return count
+
+    assert asyncio.run(main()) == 4
+
+
+def test_torch_is_not_imported() -> None:
+    check = "import sys, runtime.engine.load, runtime.inspect_cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
