@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from trainer.config import ConfigError, TrainConfig
-from trainer.tokenizer import save_tokenizer, train_tokenizer
+from trainer.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
 SUFFIXES = (".txt", ".jsonl")
 
@@ -38,6 +38,11 @@ class TokenStreams:
     tokenizer: Tokenizer
     documents: int
     held_out_documents: int
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that begins and ends documents."""
+        return self.tokenizer.get_vocab()[END_OF_TEXT]
 
 
 def read_documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:

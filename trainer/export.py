@@ -33,12 +33,13 @@ def folded(model: OSPModel) -> OSPModel:
     """The equivalent model of the `adam` recipe (RMSNorm, no projections), in the precision of `model`."""
     if model.recipe == "adam":
         return model
-    state = {name: tensor for name, tensor in model.state_dict().items() if "projection" not in name}
+    whole = model.state_dict()
+    state = {name: tensor for name, tensor in whole.items() if "projection" not in name}
     for name, module in model.named_modules():
         if isinstance(module, SSNorm):
             state[f"{name}.weight"] = state.pop(f"{name}.scale").expand(model.config.hidden_size)
-    state["embed_tokens.weight"] = model.embed_tokens.weight @ model.embed_projection.weight.T
-    state["lm_head.weight"] = model.lm_head.weight @ model.head_projection.weight
+    state["embed_tokens.weight"] = whole["embed_tokens.weight"] @ whole["embed_projection.weight"].T
+    state["lm_head.weight"] = whole["lm_head.weight"] @ whole["head_projection.weight"]
     plain = OSPModel(model.config, "adam").to(model.lm_head.weight.dtype)
     plain.load_state_dict(state)
     return plain
@@ -51,8 +52,8 @@ def llama_state(model: OSPModel) -> dict[str, Tensor]:
     }
 
 
-def llama_config(model: OSPModel, dtype: str = "float32", **token_ids: int) -> LlamaConfig:
-    """The Hugging Face configuration of the folded model."""
+def llama_config(model: OSPModel, end_token_id: int | None = None, dtype: str = "float32") -> LlamaConfig:
+    """The Hugging Face configuration of the folded model; one token both begins and ends a document."""
     config = model.config
     return LlamaConfig(
         vocab_size=config.vocab_size,
@@ -67,7 +68,8 @@ def llama_config(model: OSPModel, dtype: str = "float32", **token_ids: int) -> L
         tie_word_embeddings=False,
         dtype=dtype,
         architectures=["LlamaForCausalLM"],
-        **token_ids,
+        bos_token_id=end_token_id,
+        eos_token_id=end_token_id,
     )
 
 
@@ -93,13 +95,13 @@ def assert_unchanged(model: OSPModel) -> float:
 
 
 def export(
-    model: OSPModel, directory: Path, provenance: Mapping[str, Any], token_ids: Mapping[str, int], dtype: torch.dtype
+    model: OSPModel, directory: Path, provenance: Mapping[str, Any], end_token_id: int, dtype: torch.dtype
 ) -> None:
     """Writes config, weights, generation_config.json and osp.json into `directory`, which holds the tokenizer already.
 
     Args:
         provenance: goes into osp.json under "training".
-        token_ids: `bos_token_id` and `eos_token_id`.
+        end_token_id: the token that begins and ends documents.
         dtype: what the weights are stored in.
 
     Raises:
@@ -109,8 +111,8 @@ def export(
     dtype_name = str(dtype).removeprefix("torch.")
     state = {name: tensor.to(dtype).contiguous().clone() for name, tensor in llama_state(folded(model)).items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    llama_config(model, dtype_name, **token_ids).save_pretrained(directory)
-    write_json(directory / "generation_config.json", dict(token_ids))
+    llama_config(model, end_token_id, dtype_name).save_pretrained(directory)
+    write_json(directory / "generation_config.json", {"bos_token_id": end_token_id, "eos_token_id": end_token_id})
     digest = hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
     write_json(directory / "osp.json", {"format_version": 1, "tokenizer_sha256": digest, "training": dict(provenance)})
 

@@ -72,7 +72,8 @@ class Attention(nn.Module):
         )
         q_BHLC, k_BHLC = rotate(q_BHLC, cos_LC, sin_LC), rotate(k_BHLC, cos_LC, sin_LC)
         mixed_BHLC = F.scaled_dot_product_attention(q_BHLC, k_BHLC, v_BHLC, is_causal=True)
-        return self.o_proj(mixed_BHLC.transpose(1, 2).flatten(2))
+        output_BLD: Tensor = self.o_proj(mixed_BHLC.transpose(1, 2).flatten(2))
+        return output_BLD
 
 
 class SwiGLU(nn.Module):
@@ -85,7 +86,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        output_BLD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        return output_BLD
 
 
 class Block(nn.Module):
@@ -100,7 +102,8 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, cos_LC: Tensor, sin_LC: Tensor) -> Tensor:
         x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos_LC, sin_LC)
-        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+        x_BLD = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+        return x_BLD
 
 
 class OSPModel(nn.Module):
@@ -139,7 +142,8 @@ class OSPModel(nn.Module):
         cos_LC, sin_LC = rotary_table(self.config, ids_BL.shape[1], hidden_BLD)
         for layer in self.layers:
             hidden_BLD = layer(hidden_BLD, cos_LC, sin_LC)
-        return self.lm_head(self.head_projection(self.norm(hidden_BLD)))
+        logits_BLV: Tensor = self.lm_head(self.head_projection(self.norm(hidden_BLD)))
+        return logits_BLV
 
 
 def rotary_table(config: ModelConfig, length: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from trainer.data import TokenStreams, held_out_windows, prepare, training_batch
 from trainer.export import export, write_json
 from trainer.model import OSPModel
 from trainer.optimizer import learning_rate_share, make_optimizers, parameter_groups, set_learning_rate
-from trainer.tokenizer import END_OF_TEXT, save_tokenizer
+from trainer.tokenizer import save_tokenizer
 
 LOG_EVERY = 10
 KEEP_CHECKPOINTS = 2
@@ -92,7 +92,7 @@ class Trainer:
         set_learning_rate(self.optimizers, learning_rate_share(self.step, self.config))
         windows_BL = training_batch(self.streams.train, self.config, self.step)
         loss = self._loss(windows_BL)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise TrainingError(
@@ -115,7 +115,7 @@ class Trainer:
         """`held_out_loss` (nats a token), and the residual stream's `excess_kurtosis` (block mean) and `absmax`."""
         self.model.eval()
         windows_BL = held_out_windows(self.streams.held_out, self.config.model.context_length, self.config.eval_tokens)
-        batches = windows_BL.split(EVAL_ROWS)
+        batches = torch.split(windows_BL, EVAL_ROWS)
         total = sum(self._loss(batch).item() * batch.shape[0] for batch in batches)
         measured = outliers.residual_outliers(self.model, windows_BL[:KURTOSIS_WINDOWS, :-1])
         self.model.train()
@@ -203,7 +203,6 @@ def _export(trainer: Trainer, seconds: float, dtype: torch.dtype) -> dict[str, A
     final = trainer.directory / "final"
     final.mkdir(exist_ok=True)
     save_tokenizer(streams.tokenizer, final, config.model.context_length)
-    end = streams.tokenizer.token_to_id(END_OF_TEXT)
     report = {
         "recipe": config.recipe,
         "steps": config.steps,
@@ -216,5 +215,5 @@ def _export(trainer: Trainer, seconds: float, dtype: torch.dtype) -> dict[str, A
         "settings": config.to_dict(),
         **{key: round(value, 6) for key, value in trainer.evaluate().items()},
     }
-    export(trainer.model, final, report, {"bos_token_id": end, "eos_token_id": end}, dtype)
+    export(trainer.model, final, report, streams.end_token_id, dtype)
     return report

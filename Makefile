@@ -1,0 +1,57 @@
+# The two commands that set up and run everything: `make serve` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The torch that the tests run on. pip takes it from wherever it is set up to look; for a CPU-only build on Linux,
+# point PIP_EXTRA_INDEX_URL at PyTorch's CPU index first.
+TORCH ?= torch==2.13.0
+PORT ?= 8000
+BUILD := build
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format setup corpus demo-model clean
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+serve: $(VENV)/.base ## Install what serving needs (no torch) and serve the bundled 4-bit model
+	$(BIN)/osp serve --port $(PORT)
+
+test: $(VENV)/.dev ## Install everything and run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Apply ruff's format and its safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(VENV)/.dev ## Install everything, run nothing
+
+$(VENV)/.base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[train,quant,dev]'
+	touch $@
+
+corpus: $(BUILD)/corpus/speeches.jsonl ## Fetch the text that the bundled model was trained on
+
+$(BUILD)/corpus/speeches.jsonl: $(VENV)/.dev
+	$(BIN)/python -m trainer.demo_corpus $(BUILD)/corpus
+
+# About 90 minutes on two cores. The held-out documents and the calibration documents are two halves of the part of
+# the corpus that training never sees.
+demo-model: corpus ## Train, quantize and bundle the demo model again
+	$(BIN)/osp train --preset demo --data $(BUILD)/corpus --out $(BUILD)/demo $(if $(RESUME),--resume)
+	$(BIN)/python -m trainer.demo_model $(BUILD)/demo
+
+clean: ## Remove everything that was built, the virtual environment too
+	rm -rf $(BUILD) $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
