@@ -73,3 +73,8 @@ def edit_config() -> Callable[..., None]:
         file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
     return edit
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()

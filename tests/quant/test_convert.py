@@ -1,0 +1,254 @@
+"""The pipeline and its command, end to end on tiny models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+from quant import arithmetic, convert
+from quant.cli import quantize
+from quant.convert import quantize_checkpoint
+from quant.format import read_checkpoint, sha256, write_json
+from quant.llama import CheckpointError
+from quant.scheme import named
+
+W4A4 = named("w4a4")
+TEXT = "The quick brown fox jumps over the lazy dog. " * 8
+
+
+@pytest.fixture
+def text_path(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture
+def run():
+    """`run(*arguments)` calls the command; a traceback fails the test."""
+
+    def call(*arguments):
+        result = CliRunner().invoke(quantize, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return call
+
+
+SHAPES = {
+    "own head, grouped queries, odd width": {},
+    "tied": {"tie_word_embeddings": True},
+    "one query head a key head": {"num_key_value_heads": 4},
+    "float16": {"dtype": torch.float16},
+    "float32, sharded": {"dtype": torch.float32, "max_shard_size": "8KB"},
+    "smallest": {
+        "hidden_size": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+        "intermediate_size": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_checkpoint_becomes_four_bit(make_checkpoint, text_path, tmp_path, shape):
+    path = make_checkpoint(**shape)
+    report = quantize_checkpoint(path, tmp_path / "out", W4A4, calibration=[text_path])
+    source, written = read_checkpoint(path), read_checkpoint(tmp_path / "out")
+    assert written.scheme == W4A4
+    assert written.config == source.config
+    assert written.provenance == report
+
+    for name, weight in source.linears.items():
+        linear, site = written.linears[name], report["quantization"]["sites"][name]
+        np.testing.assert_array_equal(linear.codes, arithmetic.quantize(weight, linear.weight_scale))
+        errors = weight.astype(np.float64) - linear.codes * np.float64(linear.weight_scale)
+        assert site["mse"] == pytest.approx(np.square(errors).mean())
+        assert site["clip_ratio"] == pytest.approx(7 * linear.weight_scale / site["absmax"])
+        assert site["absmax"] == np.abs(weight).max()
+        assert site["input_clip_ratio"] == pytest.approx(7 * linear.input_scale / site["input_absmax"])
+    for name, values in source.floats.items():
+        np.testing.assert_array_equal(written.floats[name], values.astype(written.floats[name].dtype))
+
+
+def test_the_report_says_what_was_done(checkpoint_path, text_path, tmp_path):
+    training = {"recipe": "osp", "tokens": 123}
+    write_json(checkpoint_path / "osp.json", {"training": training, "unrelated": 1})
+    report = quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, calibration=[text_path])
+    calibrated = len(TEXT) - len(TEXT) // 5
+    scored = sum(len(TEXT[calibrated:][i : i + 32]) - 1 for i in range(0, len(TEXT) - calibrated, 32))
+    assert report["training"] == training
+    assert "unrelated" not in report
+    assert report["tokenizer_sha256"] == sha256(checkpoint_path / "tokenizer.json")
+    assert report["quantization"]["scheme"] == "w4a4"
+    assert report["quantization"]["calibration"] == {
+        "text": ["text.txt"],
+        "sha256": sha256(text_path),
+        "tokens": calibrated,
+    }
+    quality = report["quality"]
+    assert (quality["text"], quality["sha256"]) == ("held back from calibration", sha256(text_path))
+    assert quality["tokens"] == scored
+    assert quality["ratio"] == quality["perplexity_w4a4"] / quality["perplexity_16bit"]
+
+
+def test_text_to_evaluate_on_leaves_calibration_whole(checkpoint_path, text_path, tmp_path):
+    other = tmp_path / "other.md"
+    other.write_text("Something else entirely.")
+    report = quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, calibration=[text_path], heldout=[other])
+    assert report["quantization"]["calibration"]["tokens"] == len(TEXT)
+    assert report["quality"]["text"] == ["other.md"]
+    assert report["quality"]["sha256"] == sha256(other)
+    assert report["quality"]["tokens"] == 23
+
+
+def test_the_same_input_gives_the_same_bytes(checkpoint_path, text_path, tmp_path):
+    for name in ("one", "two"):
+        quantize_checkpoint(checkpoint_path, tmp_path / name, W4A4, calibration=[text_path])
+    for file in ("osp.safetensors", "osp.json", "config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_what_a_server_needs_is_copied(checkpoint_path, text_path, tmp_path):
+    (checkpoint_path / "chat_template.jinja").write_text("{{ messages }}")
+    (checkpoint_path / "notes.txt").write_text("private")
+    quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, calibration=[text_path])
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (checkpoint_path / name).read_bytes()
+    assert not (tmp_path / "out" / "notes.txt").exists()
+
+
+def test_a_model_that_does_not_survive_is_called_so(checkpoint_path, text_path, tmp_path, monkeypatch, run):
+    arguments = (checkpoint_path, "--calibration", text_path, "--json", "--out")
+    result = run(*arguments, tmp_path / "sound")
+    sound = json.loads(result.stdout)
+    assert sound["quality"]["ratio"] < convert.OUTLIER_SAFE_RATIO
+    assert sound["warning"] is None
+    assert "WARNING" not in result.stderr
+
+    monkeypatch.setattr(convert, "OUTLIER_SAFE_RATIO", sound["quality"]["ratio"] * 0.99)
+    result = run(*arguments, tmp_path / "broken")
+    assert result.exit_code == 0
+    assert "not outlier-safe" in json.loads(result.stdout)["warning"]
+    assert result.stderr.startswith("WARNING: this model is not outlier-safe")
+
+
+# ---- nothing is left behind ----
+
+
+def test_a_directory_with_something_in_it_is_left_alone(checkpoint_path, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("keep")
+    with pytest.raises(FileExistsError, match="not an empty directory"):
+        quantize_checkpoint(checkpoint_path, out, W4A4)
+    with pytest.raises(FileExistsError, match="not an empty directory"):
+        quantize_checkpoint(checkpoint_path, out / "precious", W4A4)
+    assert [file.name for file in out.iterdir()] == ["precious"]
+
+
+def test_an_empty_directory_is_filled_and_parents_are_made(checkpoint_path, text_path, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "a" / "b"):
+        quantize_checkpoint(checkpoint_path, out, W4A4, calibration=[text_path])
+        assert read_checkpoint(out).precision == "w4a4"
+
+
+def test_failing_half_way_leaves_nothing(checkpoint_path, text_path, tmp_path, monkeypatch):
+    def fail(*_arguments):
+        raise RuntimeError("the disk is full")
+
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(convert, "_quality", fail)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, calibration=[text_path])
+    assert set(tmp_path.rglob("*")) == before
+
+
+# ---- the command ----
+
+
+def test_json_is_one_object_and_nothing_else(checkpoint_path, text_path, tmp_path):
+    command = [sys.executable, "-c", "from quant.cli import quantize; quantize()", checkpoint_path]
+    command += ["--out", tmp_path / "out", "--calibration", text_path, "--json"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"out": str(tmp_path / "out"), **read_checkpoint(tmp_path / "out").provenance}
+
+
+def test_the_table_has_a_line_for_every_layer(checkpoint_path, tmp_path, run):
+    result = run(checkpoint_path, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    for name in read_checkpoint(tmp_path / "out").linears:
+        assert sum(line.startswith(f"{name} ") for line in result.stdout.splitlines()) == 1
+    assert "(bundled)" in result.stdout
+    assert "(held back from calibration)" in result.stdout
+
+
+def refused(result, *words):
+    """One clear sentence, exit status 1, and nothing on stdout."""
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert all(str(word) in result.stderr for word in words), result.stderr
+
+
+def test_the_command_names_what_is_wrong(checkpoint_path, text_path, tmp_path, run):
+    out = tmp_path / "out"
+    refused(run(tmp_path / "nowhere", "--out", out), "nowhere: no such directory")
+    refused(run(checkpoint_path, "--out", out, "--scheme", "w1"), "unknown scheme 'w1'", "w4a4")
+    refused(run(checkpoint_path, "--out", out, "--calibration", tmp_path / "no.txt"), "no.txt: no such file")
+    refused(run(checkpoint_path, "--out", out, "--eval", tmp_path / "no.txt"), "no.txt: no such file")
+    refused(run(checkpoint_path, "--out", checkpoint_path), "exists and is not an empty directory")
+    assert not out.exists()
+
+    run(checkpoint_path, "--out", out, "--calibration", text_path)
+    refused(run(out, "--out", tmp_path / "again"), "is quantized already (w4a4)")
+
+    file = checkpoint_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(tensors, file)
+    refused(run(checkpoint_path, "--out", tmp_path / "nan"), "model.layers.0.mlp.up_proj.weight", "NaN")
+
+    file.write_bytes(file.read_bytes()[:100])
+    refused(run(checkpoint_path, "--out", tmp_path / "nan"), "truncated")
+
+
+def test_a_tokenizer_that_cannot_be_used_is_named(checkpoint_path, tmp_path):
+    tokenizer = json.loads((checkpoint_path / "tokenizer.json").read_text())
+    write_json(checkpoint_path / "tokenizer.json", tokenizer | {"pre_tokenizer": {"type": "Unheard"}})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):
+        quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4)
+
+
+def test_activations_that_overflow_are_named(checkpoint_path, text_path, tmp_path, run):
+    file = checkpoint_path / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("gate", "up"):
+        tensors[f"model.layers.1.mlp.{name}_proj.weight"][:] = 1e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    result = run(checkpoint_path, "--out", tmp_path / "out", "--calibration", text_path)
+    refused(result, "input of model.layers.1.mlp.down_proj", "NaN or infinite")
+
+
+def test_the_command_loads_without_torch_and_says_how_to_get_it(checkpoint_path, tmp_path):
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from quant.cli import quantize\n"
+        "assert 'transformers' not in sys.modules\n"
+        "quantize()"
+    )
+    command = [sys.executable, "-c", program, str(checkpoint_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "Error: torch is not installed: pip install 'osp-runtime[quant]'"
