@@ -60,8 +60,7 @@ def evaluate(model: str, data: tuple[Path, ...], engine: str, as_json: bool) -> 
     try:
         path = resolve_model(model)
         runner = load_runner(engine, path)
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        measured = perplexity(runner, tokenizer, read_documents(data), progress)
+        measured = perplexity(runner, _read_tokenizer(path), read_documents(data), progress)
     except USER_ERRORS as error:
         raise click.ClickException(str(error)) from None
     finally:
@@ -102,7 +101,15 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "kv_per_token": kv_values * (scheme.kv_bits if scheme else 16) // 8,
         },
         "quality": checkpoint.provenance.get("quality"),
+        "warning": checkpoint.provenance.get("warning"),
     }
+
+
+def _read_tokenizer(root: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(root / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exceptions
+        raise click.ClickException(f"{root / 'tokenizer.json'} cannot be read: {error}") from error
 
 
 def _as_text(model: str, description: dict[str, Any]) -> str:
@@ -118,6 +125,16 @@ def _as_text(model: str, description: dict[str, Any]) -> str:
         "embedding": f"{sizes['embedding']:,} bytes",
         "norms": f"{sizes['norms']:,} bytes",
         "KV cache": f"{sizes['kv_per_token']:,} bytes a token at 16 bit; the reference engine holds 32",
-        "quality": json.dumps(description["quality"], ensure_ascii=False) if description["quality"] else "not recorded",
+        "quality": _quality_as_text(description["quality"]),
     }
+    if description["warning"]:
+        rows["warning"] = description["warning"]
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
+
+
+def _quality_as_text(quality: dict[str, Any] | None) -> str:
+    if not quality:
+        return "not recorded"
+    return ", ".join(
+        f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in quality.items()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,12 @@ def test_info_of_a_4bit_model(quantized: Checkpoint) -> None:
             "kv_per_token": 2 * 2 * 2 * 8 * 2,
         },
         "quality": {"note": "random"},
+        "warning": None,
     }
     plain = ask(info, quantized.path).stdout
     assert "w4a4" in plain
     assert "128 bytes a token" in plain
+    assert "note random" in plain
 
 
 def test_info_of_a_tied_full_precision_model(tmp_path: Path) -> None:
@@ -49,6 +52,16 @@ def test_info_of_a_tied_full_precision_model(tmp_path: Path) -> None:
     assert description["bytes"]["head"] == 0
     assert description["quality"] is None
     assert "tied to the embedding" in ask(info, root).stdout
+
+
+def test_info_passes_on_the_quantizers_warning(quantized: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(quantized.path, tmp_path / "model")
+    provenance = {"quality": {"ratio": 40.123456, "tokens": 7}, "warning": "this model is not outlier-safe"}
+    (tmp_path / "model" / "osp.json").write_text(json.dumps(provenance))
+    assert json.loads(ask(info, tmp_path / "model", "--json").stdout)["warning"] == provenance["warning"]
+    plain = ask(info, tmp_path / "model").stdout
+    assert "warning     this model is not outlier-safe" in plain
+    assert "ratio 40.123, tokens 7" in plain
 
 
 def test_eval(quantized: Checkpoint, tmp_path: Path) -> None:

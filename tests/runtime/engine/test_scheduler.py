@@ -116,7 +116,7 @@ def test_random_traffic(actions: list[tuple[str, int, int]], num_blocks: int, se
             step(STOP if action == "stop token" else 1, pick if action == "abort during a step" else None)
         assert scheduler.stats().running + scheduler.stats().waiting == len(live)
 
-    # Nobody starves: a step computes at least one of the tokens still to come, and the first to come are admitted first.
+    # Nobody starves: a step computes at least one of the tokens still to come, first come is first admitted.
     for _ in range(sum(len(r.prompt_token_ids) + r.sampling.max_tokens for r in live.values())):
         step()
     assert not live
