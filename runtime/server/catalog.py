@@ -20,7 +20,6 @@ from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
 from runtime.text.tokenizer import Tokenizer, TokenizerError
 
-
 LOAD_ERRORS = (ModelNotFoundError, CheckpointError, TokenizerError, UnknownEngineError)
 """What can be wrong with a model, or with how it was named."""
 

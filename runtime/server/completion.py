@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 from runtime.engine.base import FinishReason, GenerationRequest, SamplingParams
 from runtime.server.catalog import ServedModel
-from runtime.server.errors import ApiError
+from runtime.server.errors import ApiError, shortened
 from runtime.server.generation import SequencePlan, TextChunk, generate
 from runtime.server.schemas import Completion, CompletionChoice, CompletionRequest, Usage
 
@@ -114,7 +114,7 @@ async def _token_ids(prompt: str | list[int], model: ServedModel) -> tuple[int, 
     vocabulary = model.engine.info.vocab_size
     foreign = next((id for id in token_ids if not 0 <= id < vocabulary), None)
     if foreign is not None:
-        message = f"prompt holds the token id {foreign:.6g}; this model's ids are 0 to {vocabulary - 1}"
+        message = f"prompt holds the token id {shortened(str(foreign))}; this model's ids are 0 to {vocabulary - 1}"
         raise ApiError(400, message, param="prompt")
     return token_ids
 

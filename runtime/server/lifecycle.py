@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import signal
@@ -85,7 +86,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        hint = "" if port == 0 else "; choose another port with --port"
+        hint = "; choose another port with --port" if error.errno == errno.EADDRINUSE else ""
         raise StartError(f"cannot listen on {host}, port {port}: {_reason(error)}{hint}") from None
 
 

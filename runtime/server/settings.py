@@ -24,7 +24,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 class ServerSettings(BaseSettings):
     """What `osp serve` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", allow_inf_nan=False)
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="ignore", allow_inf_nan=False)
 
     model: str = Field(
         DEFAULT_MODEL,
@@ -75,7 +75,7 @@ def read_settings(command_line: Mapping[str, Any]) -> ServerSettings:
         fault = error.errors()[0]
         name = str(fault["loc"][0])
         source = _flag(name) if name in given else ENV_PREFIX + name.upper()
-        raise click.UsageError(f"{source}: {fault['msg'].lower()}, is {fault['input']!r}") from None
+        raise click.UsageError(f"{source} {fault['msg'].removeprefix('Input ')}, is {fault['input']!r}") from None
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:

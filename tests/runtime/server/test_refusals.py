@@ -1,0 +1,182 @@
+"""What a client gets for requests that cannot be served, over a real socket; and that the server lives on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from server_process import ServerProcess
+from tiny_checkpoint import CONTEXT
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def serves_afterwards(http: httpx.Client) -> Iterator[None]:
+    yield
+    assert http.post("/v1/completions", json={"prompt": "The cat", "max_tokens": 1}).status_code == 200
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert len(error["message"]) < 2000
+    return error
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[1, 2", b"nope", b'{"prompt": "\xff"}', b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}"],
+    ids=["empty", "cut", "list", "word", "not UTF-8", "deep", "number too long"],
+)
+def test_a_body_that_is_no_json(http: httpx.Client, body: bytes) -> None:
+    error_of(http.post("/v1/completions", content=body, headers=JSON), 400)
+
+
+@pytest.mark.parametrize("body", ["text", 1, None, [], [{"prompt": "x"}]])
+def test_json_that_is_no_object(http: httpx.Client, body: object) -> None:
+    error_of(http.post("/v1/completions", content=json.dumps(body), headers=JSON), 400)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", None),
+        ("prompt", 5),
+        ("prompt", []),
+        ("prompt", [[]]),
+        ("prompt", ["text", 1]),
+        ("prompt", [1, True]),
+        ("prompt", [-1]),
+        ("prompt", [320]),
+        ("prompt", [10**400]),
+        ("prompt", ["x"] * 129),
+        ("prompt", "x " * CONTEXT),
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", "16"),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("max_tokens", 10**9),
+        ("max_tokens", CONTEXT),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", "hot"),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("stop", ""),
+        ("stop", [""]),
+        ("stop", 1),
+        ("stop", ["x"] * 17),
+        ("stop", "x" * 1001),
+        ("seed", 2**63),
+        ("seed", 0.5),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("user", 1),
+        ("model", 1),
+        # Known and not supported.
+        ("n", 2),
+        ("n", True),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "end"),
+        ("logprobs", 0),
+        ("logit_bias", {"5": 1}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("top_k", 5),
+        ("min_p", 0.1),
+        ("response_format", {"type": "json_object"}),
+        # Not known.
+        ("max_token", 5),
+        ("messages", []),
+        ("nope", None),
+    ],
+)
+def test_a_field_that_cannot_be_is_named(http: httpx.Client, field: str, value: object) -> None:
+    error = error_of(http.post("/v1/completions", json={"prompt": "The cat", "max_tokens": 2} | {field: value}), 400)
+    if field != "stream_options":
+        assert error["param"] == field
+        assert field in error["message"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none(http: httpx.Client, value: float) -> None:
+    body = f'{{"prompt": "x", "temperature": {"NaN" if value != value else "Infinity"}}}'
+    assert error_of(http.post("/v1/completions", content=body, headers=JSON), 400)["param"] == "temperature"
+
+
+@pytest.mark.parametrize("field", ["prompt", "model", "stop", "\\ud800"])
+def test_half_a_surrogate_pair(http: httpx.Client, field: str) -> None:
+    body = f'{{"prompt": "x", "max_tokens": 1, "{field}": "\\ud800"}}'
+    response = http.post("/v1/completions", content=body, headers=JSON)
+    if field != "stop":  # a stop string that cannot occur does no harm
+        error_of(response, {"model": 404}.get(field, 400))
+
+
+def test_an_empty_prompt_is_fine_with_a_bos(http: httpx.Client) -> None:
+    response = http.post("/v1/completions", json={"prompt": "", "max_tokens": 1})
+    assert response.json()["usage"]["prompt_tokens"] == 1
+
+
+def test_defaults_spelled_out_are_fine(http: httpx.Client) -> None:
+    neutral = {
+        "n": 1, "best_of": 1, "echo": False, "suffix": None, "logprobs": None, "logit_bias": {}, "stop": None,
+        "presence_penalty": 0.0, "frequency_penalty": 0, "top_k": -1, "user": "somebody", "stream_options": None,
+    }  # fmt: skip
+    assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1} | neutral).status_code == 200
+
+
+def test_a_million_faults_get_a_short_answer(http: httpx.Client) -> None:
+    error = error_of(http.post("/v1/completions", json={f"field{i}": "x" * 10_000 for i in range(1000)}), 400)
+    assert error["message"].endswith("and 991 more")
+    error_of(http.post("/v1/completions", json={"x" * 100_000: 1, "prompt": "x"}), 400)
+    error_of(http.post("/v1/completions", json={"prompt": ["x"] * 100_000 + [1]}), 400)
+    error_of(http.post("/v1/completions", json={"prompt": "x", "model": "y" * 100_000}), 404)
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
+)
+def test_another_content_type(http: httpx.Client, content_type: str | None) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    error_of(http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers), 415)
+
+
+def test_a_charset_is_fine(http: httpx.Client) -> None:
+    headers = {"content-type": "application/json; charset=utf-8"}
+    response = http.post("/v1/completions", content=b'{"prompt": "x", "max_tokens": 1}', headers=headers)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("POST", "/v1/chat/completions", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/models/other", 404),
+    ],
+)
+def test_routes_that_are_not_there(http: httpx.Client, method: str, path: str, status: int) -> None:
+    error_of(http.request(method, path), status)
+
+
+def test_health_and_version(http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/version").json()["version"]
+    assert http.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]["requestBody"]
