@@ -50,7 +50,9 @@ class ReferenceRunner:
         self._final_norm = _RMSNorm(checkpoint, "model.norm")
         self._blocks = [_Block(checkpoint, f"model.layers.{i}") for i in range(config.num_hidden_layers)]
         self._rotary = _Rotary(config)
-        self._cache = _PagedCache(config, num_blocks or _default_num_blocks(config, block_size), block_size)
+        if num_blocks is None:
+            num_blocks = _default_num_blocks(config, block_size)
+        self._cache = _PagedCache(config, num_blocks, block_size)
 
     @property
     def info(self) -> EngineInfo:
