@@ -80,9 +80,9 @@ def _downloaded(name: str) -> Path:
             f"{absent} in the Hugging Face cache, and Hugging Face cannot be reached to download it"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelNotFoundError(f"{name} cannot be downloaded from Hugging Face: {first_line(error)}") from None
+        raise ModelNotFoundError(f"{name} cannot be downloaded from Hugging Face: {_first_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """The first line of an error's message; libraries append links and advice that do not help here."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

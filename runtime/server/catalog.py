@@ -66,19 +66,20 @@ def load_model(settings: ServerSettings, telemetry: Telemetry) -> ServedModel:
     path = resolve_model(settings.model)
     engine = load_engine(settings.engine, path, SchedulerLimits(max_waiting=settings.max_waiting))
     _, quantization = read_config(path)
+    quality = read_provenance(path).get("quality")
     return ServedModel(
         settings.served_model_name or _short_name(settings.model, path),
         engine,
         Tokenizer.load(path),
         telemetry,
         scheme=(quantization or {}).get("scheme"),
-        quality=read_provenance(path).get("quality"),
+        quality=quality if isinstance(quality, dict) else None,
     )
 
 
 def _short_name(model: str, path: Path) -> str:
     """What clients call a model by default: its name, or the last part of its directory."""
-    return path.resolve().name if Path(model).is_dir() else model
+    return path.resolve().name if Path(model).expanduser().is_dir() else model
 
 
 class ModelCatalog:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, LiteralString, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 16
@@ -121,11 +131,12 @@ class CompletionRequest(RequestModel):
     guided_choice: Annotated[Any, unsupported_unless()] = None
     guided_grammar: Annotated[Any, unsupported_unless()] = None
 
-    @model_validator(mode="after")
-    def _options_need_a_stream(self) -> CompletionRequest:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("malformed", "stream_options needs stream to be true")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _options_need_a_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and info.data.get("stream") is False:
+            raise PydanticCustomError("malformed", "needs stream to be true")
+        return options
 
     def prompts(self) -> list[str | list[int]]:
         """The prompt as a list of prompts, each a text or token ids."""

@@ -43,6 +43,11 @@ class ServerSettings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
+    @property
+    def prompt_limit(self) -> int:
+        """Prompts in one request: a request of more than may wait could never be admitted."""
+        return min(self.max_prompts, self.max_waiting)
+
 
 def settings_options(*, positional: str) -> Callable[[Command], Command]:
     """Decorates a click command with one option for each field; `positional` becomes an optional argument instead.

@@ -23,7 +23,6 @@ class Tokenizer:
     Attributes:
         end_token_ids: tokens that end a text: from generation_config.json, else config.json, else
             tokenizer_config.json. Empty where none of them names one.
-        max_token_id: the highest id that the tokenizer knows; a model's vocabulary may be larger.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, end_token_ids: frozenset[int] = frozenset()) -> None:
@@ -33,7 +32,6 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self.end_token_ids = end_token_ids
         self._token_bytes = _token_bytes(backend)
-        self.max_token_id = max(self._token_bytes, default=-1)
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -58,10 +56,6 @@ class Tokenizer:
         """
         text.encode()  # the library's own error for this is a TypeError that blames the type
         return tuple(self._backend.encode(text).ids)
-
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of all ids at once, special tokens left out: the library's own decoder."""
-        return str(self._backend.decode(token_ids))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes, perhaps not whole characters, that a token adds to a text.

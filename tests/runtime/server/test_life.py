@@ -107,6 +107,19 @@ def test_a_signal_lets_a_running_answer_finish(checkpoint: Path, sig: signal.Sig
         assert server.process.returncode == 0
 
 
+def test_a_second_ctrl_c_insists(checkpoint: Path) -> None:
+    body = {"prompt": ["The cat"] * 128, "max_tokens": 110, "ignore_eos": True, "stream": True}
+    with (
+        running_server(str(checkpoint), "--drain-timeout", "600") as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response,
+    ):
+        next(response.iter_lines())
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.stderr is not None
+        assert "shutting down" in server.process.stderr.readline()
+        assert server.stop(signal.SIGINT) == 0
+
+
 def test_a_drain_that_takes_too_long_ends_in_an_error_event(checkpoint: Path) -> None:
     body = {"prompt": ["The cat"] * 128, "max_tokens": 110, "ignore_eos": True, "stream": True}
     with (

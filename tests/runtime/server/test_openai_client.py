@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -143,14 +144,37 @@ def test_the_models(client: openai.OpenAI) -> None:
         client.models.retrieve("owner/other")
 
 
-def test_metrics_count_what_clients_saw(client: openai.OpenAI, server: ServerProcess) -> None:
-    def counts() -> dict[str, float]:
-        families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
-        samples = [sample for family in families for sample in family.samples]
-        assert all(sample.labels["model_name"] == "tiny" for sample in samples)
-        return {sample.name + sample.labels.get("finished_reason", ""): sample.value for sample in samples}
+def counts(server: ServerProcess) -> dict[str, float]:
+    """The server's metrics by name, with the reason behind the name of `osp_request_success_total`."""
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    assert all(sample.labels["model_name"] == "tiny" for sample in samples)
+    return {sample.name + sample.labels.get("finished_reason", ""): sample.value for sample in samples}
 
-    before = counts()
+
+def test_a_client_that_leaves_stops_its_generation(client: openai.OpenAI, server: ServerProcess) -> None:
+    before = counts(server)
+    request = {"model": "tiny", "prompt": [PROMPT] * 64, "max_tokens": 100, "extra_body": {"ignore_eos": True}}
+    with client.completions.create(**request, stream=True) as stream:
+        next(iter(stream))
+    with pytest.raises(openai.APITimeoutError):
+        client.completions.create(**request, timeout=0.05)
+
+    def gone() -> bool:
+        now = counts(server)
+        aborted = now["osp_request_success_totalabort"] - before["osp_request_success_totalabort"]
+        return now["osp_num_requests_running"] == now["osp_num_requests_waiting"] == 0 and aborted > 0
+
+    deadline = time.monotonic() + 60
+    while not gone():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    after = counts(server)
+    assert after["osp_generation_tokens_total"] - before["osp_generation_tokens_total"] < 2 * 64 * 100
+
+
+def test_metrics_count_what_clients_saw(client: openai.OpenAI, server: ServerProcess) -> None:
+    before = counts(server)
     prompt_tokens = completion_tokens = sequences = 0
     for prompt in [PROMPT, [PROMPT, "The cat"], [[1, 2, 3]]]:
         completion = client.completions.create(model="tiny", prompt=prompt, max_tokens=5, seed=1)
@@ -158,7 +182,7 @@ def test_metrics_count_what_clients_saw(client: openai.OpenAI, server: ServerPro
         prompt_tokens += completion.usage.prompt_tokens
         completion_tokens += completion.usage.completion_tokens
         sequences += len(completion.choices)
-    after = counts()
+    after = counts(server)
 
     def grown(name: str) -> float:
         return after[name] - before[name]

@@ -12,7 +12,7 @@ CORPUS = ["the cat sat on the mat", "Der Zug fährt über die Brücke", "你好�
 
 
 @pytest.fixture(scope="session")
-def byte_level() -> Tokenizer:
+def byte_level_backend() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -24,11 +24,16 @@ def byte_level() -> Tokenizer:
     )
     backend.train_from_iterator(CORPUS, trainer)
     backend.add_tokens(["<tool call>", "世界"])
-    return Tokenizer(backend)
+    return backend
 
 
 @pytest.fixture(scope="session")
-def sentencepiece() -> Tokenizer:
+def byte_level(byte_level_backend: tokenizers.Tokenizer) -> Tokenizer:
+    return Tokenizer(byte_level_backend)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_backend() -> tokenizers.Tokenizer:
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "▁the", "▁cat", "s", "at", "é", "ü"]
     vocabulary = {piece: id for id, piece in enumerate(["<unk>", "<s>", *pieces])}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
@@ -37,4 +42,9 @@ def sentencepiece() -> Tokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Tokenizer(backend)
+    return backend
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(sentencepiece_backend: tokenizers.Tokenizer) -> Tokenizer:
+    return Tokenizer(sentencepiece_backend)

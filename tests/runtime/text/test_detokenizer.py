@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,8 +17,10 @@ def pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
 
 
 @given(token_ids=ids)
-def test_byte_level_pieces_join_to_what_the_library_decodes(byte_level: Tokenizer, token_ids: list[int]) -> None:
-    assert "".join(pieces(byte_level, token_ids)) == byte_level.decode(token_ids)
+def test_byte_level_pieces_join_to_what_the_library_decodes(
+    byte_level: Tokenizer, byte_level_backend: tokenizers.Tokenizer, token_ids: list[int]
+) -> None:
+    assert "".join(pieces(byte_level, token_ids)) == byte_level_backend.decode(token_ids)
 
 
 @given(text=st.text(alphabet="ab çß你好😀\N{ZERO WIDTH JOINER}\n", max_size=20))
@@ -28,11 +31,14 @@ def test_no_piece_of_a_valid_text_holds_half_a_character(byte_level: Tokenizer, 
 
 
 @given(text=st.text(alphabet="the catséü你😀", max_size=20))
-def test_sentencepiece_text_continues_its_prompt(sentencepiece: Tokenizer, text: str) -> None:
+def test_sentencepiece_text_continues_its_prompt(
+    sentencepiece: Tokenizer, sentencepiece_backend: tokenizers.Tokenizer, text: str
+) -> None:
+    decode = sentencepiece_backend.decode
     prompt, whole = list(sentencepiece.encode("the")), list(sentencepiece.encode("the" + text))
     assert whole[: len(prompt)] == prompt
     continuation = "".join(pieces(sentencepiece, whole[len(prompt) :]))
-    assert sentencepiece.decode(prompt) + continuation == sentencepiece.decode(whole)
+    assert decode(prompt) + continuation == decode(whole)
 
 
 def test_an_emoji_comes_with_its_last_byte(byte_level: Tokenizer) -> None:
