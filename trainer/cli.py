@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from quant.text import TextError
 from trainer.config import PRESETS, ConfigError, preset
 
 
@@ -17,7 +18,7 @@ from trainer.config import PRESETS, ConfigError, preset
     "paths",
     multiple=True,
     required=True,
-    help="A .txt file (one document), a .jsonl file (objects with a 'text'), or a directory of them. Repeatable.",
+    help="A .txt or .md file (one document), a .jsonl file (a 'text' a line), or a directory of them. Repeatable.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Run directory; the model lands in OUT/final."
@@ -56,7 +57,7 @@ def train(
     try:
         config = preset(preset_name, recipe=recipe, steps=steps, seed=seed)
         report = run_training(paths, out, config, resume=resume, dtype=getattr(torch, dtype), quiet=as_json)
-    except (ConfigError, DataError, TrainingError, ExportError) as error:
+    except (ConfigError, TextError, DataError, TrainingError, ExportError) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(json.dumps({"checkpoint": str(out / "final"), **report}))

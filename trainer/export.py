@@ -7,8 +7,6 @@ SSNorm -> RMSNorm with a constant weight
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from quant.format import FORMAT_VERSION, sha256, write_json
 from trainer.model import OSPModel, SSNorm
 
 FOLDING_TOLERANCE = 1e-9
@@ -113,10 +112,8 @@ def export(
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     llama_config(model, end_token_id, dtype_name).save_pretrained(directory)
     write_json(directory / "generation_config.json", {"bos_token_id": end_token_id, "eos_token_id": end_token_id})
-    digest = hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
-    write_json(directory / "osp.json", {"format_version": 1, "tokenizer_sha256": digest, "training": dict(provenance)})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented, with a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer = sha256(directory / "tokenizer.json")
+    write_json(
+        directory / "osp.json",
+        {"format_version": FORMAT_VERSION, "tokenizer_sha256": tokenizer, "training": dict(provenance)},
+    )

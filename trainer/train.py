@@ -24,10 +24,11 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from quant.format import write_json
 from trainer import outliers
 from trainer.config import ConfigError, TrainConfig
 from trainer.data import TokenStreams, held_out_windows, prepare, training_batch
-from trainer.export import export, write_json
+from trainer.export import export
 from trainer.model import OSPModel
 from trainer.optimizer import learning_rate_share, make_optimizers, parameter_groups, set_learning_rate
 from trainer.tokenizer import save_tokenizer
@@ -178,8 +179,8 @@ def train(
     """Trains a model on `paths` and exports it to `directory/final`; returns what osp.json says of the training.
 
     Raises:
-        DataError, ConfigError: see `data.prepare` and `Trainer.restore`; also when `directory` holds a run already
-            and `resume` is not set, or the other way round.
+        TextError, DataError, ConfigError: see `data.prepare` and `Trainer.restore`; also when `directory` holds a
+            run already and `resume` is not set, or the other way round.
         TrainingError: the loss is no longer finite.
     """
     found = checkpoints(directory)

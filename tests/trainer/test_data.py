@@ -5,39 +5,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from quant.text import TextError, read_documents
 from trainer.config import ConfigError, ModelConfig, TrainConfig, preset
-from trainer.data import DataError, held_out_windows, prepare, read_documents, split_documents, training_batch
+from trainer.data import DataError, held_out_windows, prepare, split_documents, training_batch
 from trainer.tokenizer import END_OF_TEXT
 
 SMALL = TrainConfig(ModelConfig(300, 16, 32, 1, 2, context_length=8), batch_tokens=32, seed=5)
-
-
-def test_documents_are_read_from_every_kind_of_file(tmp_path):
-    (tmp_path / "b.txt").write_text("second\nstill second", "utf-8")
-    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "   "}\n', "utf-8")
-    (tmp_path / "notes.rst").write_text("not a corpus file", "utf-8")
-    assert list(read_documents([tmp_path])) == ["first", "second\nstill second"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"caf\xe9", "not UTF-8 .byte 3."),
-        ("a.jsonl", b'{"text": "fine"}\n{"body": 1}\n', "line 2: not a JSON object"),
-        ("a.jsonl", b"nonsense\n", "line 1: not a JSON object"),
-        ("a.csv", b"x", "expected a file that ends in"),
-    ],
-)
-def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
-        list(read_documents([tmp_path / name]))
-    assert name in str(error.value)
-
-
-def test_a_missing_path_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
-        list(read_documents([tmp_path / "nowhere"]))
 
 
 @pytest.mark.parametrize("documents", [[], ["only one"], ["same", "same", "same"]])
@@ -75,13 +48,24 @@ def test_a_second_run_takes_the_prepared_streams(corpus, tmp_path):
         prepare([corpus], tmp_path, preset("demo"))
 
 
-def test_an_empty_or_too_small_corpus_is_refused_and_leaves_nothing_half_written(tmp_path):
+def test_calibration_documents_are_training_documents(corpus, tmp_path):
+    prepare([corpus], tmp_path, preset("tiny"))
+    calibration, held_out = (set(read_documents([tmp_path / f"{n}.jsonl"])) for n in ("calibration", "held_out"))
+    assert calibration
+    assert calibration <= set(read_documents([corpus])) - held_out
+
+
+def test_a_too_small_corpus_is_refused_and_leaves_nothing_half_written(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ("one", "two", "three")), "utf-8")
-    for paths in ([tmp_path / "a.jsonl"], [tmp_path / "empty"]):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(DataError, match="at least"):
-            prepare(paths, tmp_path / "data", preset("tiny"))
-        assert not (tmp_path / "data" / "data.json").exists()
+    with pytest.raises(DataError, match="at least 1088 are needed"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "data", preset("tiny"))
+    assert not (tmp_path / "data" / "data.json").exists()
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("  \n", "utf-8")
+    with pytest.raises(TextError, match=r"no text in .*empty\.txt"):
+        prepare([tmp_path / "empty.txt"], tmp_path / "data", preset("tiny"))
 
 
 def test_each_epoch_visits_every_window_once_at_a_new_offset_in_a_new_order():

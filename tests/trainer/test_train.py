@@ -108,7 +108,7 @@ def test_a_run_is_not_started_over_another_nor_resumed_from_nothing(finished, co
     ("make", "message"),
     [
         (lambda folder: folder / "nowhere", "no such file"),
-        (lambda folder: folder, "the corpus has 0 document"),
+        (lambda folder: folder, "file in this directory"),
         (lambda folder: _write(folder / "a.txt", "just one"), "at least 2"),
     ],
 )
