@@ -6,6 +6,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +89,11 @@ def test_a_damaged_checkpoint(checkpoint: Path, tmp_path: Path, damage: Callable
 
 def test_an_unknown_engine(checkpoint: Path) -> None:
     assert "reference" in failure_of(str(checkpoint), "--port", "0", "--engine", "warp")
+
+
+def test_a_server_needs_neither_torch_nor_the_trainer() -> None:
+    code = "import sys, runtime.server.lifecycle; print({'torch', 'transformers', 'trainer'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
