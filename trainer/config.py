@@ -96,7 +96,7 @@ PRESETS = {
     # The bundled model: 5.1 million parameters.
     "demo": TrainConfig(
         ModelConfig(4096, 256, 640, num_layers=4, num_heads=4, context_length=512),
-        steps=4000,
+        steps=3500,
         batch_tokens=4096,
         matrix_lr=3e-3,
         autocast=True,

