@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import termios
 
 import numpy as np
 import pytest
@@ -13,11 +15,15 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from quant import arithmetic, convert
+from quant.calibrate import calibrate
 from quant.cli import quantize
 from quant.convert import quantize_checkpoint
 from quant.format import read_checkpoint, sha256, write_json
 from quant.llama import CheckpointError
+from quant.model import load_model
+from quant.perplexity import measure_perplexity
 from quant.scheme import named
+from quant.text import windows
 
 W4A4 = named("w4a4")
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
@@ -101,6 +107,29 @@ def test_the_report_says_what_was_done(checkpoint_path, text_path, tmp_path):
     assert quality["ratio"] == quality["perplexity_w4a4"] / quality["perplexity_16bit"]
 
 
+def test_held_back_text_is_not_calibrated_on(checkpoint_path, text_path, tmp_path, tokenizer):
+    text_path.write_text("abcd" * 60 + "XYZ!" * 15)
+    report = quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, calibration=[text_path])
+    source = load_model(read_checkpoint(checkpoint_path))
+    seen = calibrate(source, windows([tokenizer.encode("abcd" * 60).ids], 32))
+    held = list(windows([tokenizer.encode("XYZ!" * 15).ids], 32))
+    for name, site in report["quantization"]["sites"].items():
+        assert site["input_absmax"] == seen[name].absmax
+    assert report["quality"]["perplexity_16bit"] == measure_perplexity(source, held).value
+    written = load_model(read_checkpoint(tmp_path / "out"))
+    assert report["quality"]["perplexity_w4a4"] == measure_perplexity(written, held).value
+
+
+def test_calibration_has_enough_at_some_point(checkpoint_path, tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("x" * 100)
+    monkeypatch.setattr(convert, "CALIBRATION_TOKENS", 150)
+    texts = [tmp_path / f"{name}.txt" for name in "abc"]
+    report = quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, calibration=texts)
+    assert report["quantization"]["calibration"]["tokens"] == 200 - 40
+    assert report["quality"]["tokens"] == 31 + 7  # a window of 32 and one of 8
+
+
 def test_text_to_evaluate_on_leaves_calibration_whole(checkpoint_path, text_path, tmp_path):
     other = tmp_path / "other.md"
     other.write_text("Something else entirely.")
@@ -180,7 +209,13 @@ def test_failing_half_way_leaves_nothing(checkpoint_path, text_path, tmp_path, m
 def test_json_is_one_object_and_nothing_else(checkpoint_path, text_path, tmp_path):
     command = [sys.executable, "-c", "from quant.cli import quantize; quantize()", checkpoint_path]
     command += ["--out", tmp_path / "out", "--calibration", text_path, "--json"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    screen, terminal = os.openpty()  # a terminal for stderr, where progress bars would show
+    termios.tcsetwinsize(terminal, (24, 80))
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=terminal, check=True)
+    os.write(terminal, b"end")
+    assert os.read(screen, 4096) == b"end"
+    os.close(screen)
+    os.close(terminal)
     assert json.loads(done.stdout) == {"out": str(tmp_path / "out"), **read_checkpoint(tmp_path / "out").provenance}
 
 

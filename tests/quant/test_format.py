@@ -121,6 +121,10 @@ def test_a_stock_engine_refuses_four_bits(packed_path, loader):
         loader.from_pretrained(packed_path)
 
 
+def test_others_may_read_the_weights(packed_path):
+    assert (packed_path / "osp.safetensors").stat().st_mode == (packed_path / "config.json").stat().st_mode
+
+
 def test_old_dtype_key_does_not_contradict_the_new_one(checkpoint_path, tmp_path):
     write_quantized(tmp_path, {"torch_dtype": "float32"}, named("w4a4"), *quantized_tensors(checkpoint_path), {})
     config = json.loads((tmp_path / "config.json").read_text())

@@ -45,6 +45,14 @@ def test_simulated_linear_has_the_bits_of_the_specification(rows, outputs, reduc
         np.testing.assert_array_equal(simulated, (sums * np.float64(x_scale * w_scale)).astype(np.float32))
 
 
+def test_simulated_linear_divides_rather_than_multiplying_by_the_reciprocal():
+    one = arithmetic.pack(np.ones((1, 1), np.int8))
+    for scale in np.arange(1, 500, dtype=np.float32) / 977:
+        x = np.float32(3.5) * scale
+        (y,) = SimulatedLinear(QuantizedLinear(one, 1, np.float32(1), scale))(torch.tensor([x]))
+        assert y == arithmetic.quantize(x, scale) * scale
+
+
 def test_simulated_linear_refuses_a_reduction_that_is_not_exact():
     width = arithmetic.MAX_REDUCTION + 2
     with pytest.raises(ValueError, match=f"{width} exceeds"):

@@ -1,4 +1,4 @@
-"""Two tiny models. (This file also puts its directory on the import path, for `checkpoints`.)"""
+"""Two tiny models."""
 
 from __future__ import annotations
 

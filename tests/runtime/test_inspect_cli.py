@@ -35,13 +35,13 @@ def test_info_of_a_4bit_model(quantized: Checkpoint) -> None:
             "norms": 2 * 5 * 32,
             "kv_per_token": 2 * 2 * 2 * 8 * 2,
         },
-        "quality": {"note": "random"},
+        "quality": {"perplexity_16bit": 10.0, "perplexity_w4a4": 10.5},
         "warning": None,
     }
     plain = ask(info, quantized.path).stdout
     assert "w4a4" in plain
     assert "128 bytes a token" in plain
-    assert "note random" in plain
+    assert "perplexity_w4a4 10.5" in plain
 
 
 def test_info_of_a_tied_full_precision_model(tmp_path: Path) -> None:

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import write_served
 from server_process import ServerProcess, running_server
-from tiny_checkpoint import write_checkpoint
 
 from runtime.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+    return write_served(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

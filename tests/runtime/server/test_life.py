@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from checkpoints import write_byte_level_tokenizer
 from server_process import osp_serve, running_server
-from tiny_checkpoint import write_tokenizer
 
 from quant.format import QUANTIZED_WEIGHTS_FILE
 
@@ -55,7 +55,7 @@ def truncate_weights(model: Path) -> None:
 
 
 def other_tokenizer(model: Path) -> None:
-    write_tokenizer(model)
+    write_byte_level_tokenizer(model, 320)
     file = model / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+from checkpoints import SERVED_CONTEXT as CONTEXT
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import ServerProcess
-from tiny_checkpoint import CONTEXT
 
 from runtime.text.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from checkpoints import SERVED_CONTEXT as CONTEXT
 from server_process import ServerProcess
-from tiny_checkpoint import CONTEXT
 
 JSON = {"content-type": "application/json"}
 

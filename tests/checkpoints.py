@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quant import arithmetic
-from quant.format import QuantizedLinear, write_json, write_quantized
+from quant.format import QuantizedLinear, sha256, write_json, write_quantized
 from quant.llama import LlamaConfig
 from quant.scheme import named
 
@@ -32,11 +33,30 @@ BASE = {
 }
 
 
-def write_tokenizer(root: Path, vocab_size: int) -> None:
+END = "<|endoftext|>"
+
+TokenizerWriter = Callable[[Path, int], None]
+
+
+def write_word_tokenizer(root: Path, vocab_size: int) -> None:
     """One word a token: "t0 t1 …", so that texts of known ids are easy to write."""
     vocabulary = {f"t{i}": i for i in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(root / "tokenizer.json"))
+
+
+def write_byte_level_tokenizer(root: Path, vocab_size: int) -> None:
+    """A byte-level BPE that puts `END`, id 0, in front; it leaves a few ids of the vocabulary unused."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 20, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["Once upon a time there was a little cat. ", "The cat sat on the mat."], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     tokenizer.save(str(root / "tokenizer.json"))
 
 
@@ -60,12 +80,14 @@ def write_full_precision(root: Path, dtype: Any = np.float32, seed: int = 0, **o
     weights = {name: weight.astype(dtype) for name, weight in random_weights(config, seed).items()}
     save_file(weights, root / "model.safetensors", metadata={"format": "pt"})
     write_json(root / "config.json", {**config_json, "dtype": str(np.dtype(dtype))})
-    write_tokenizer(root, config.vocab_size)
+    write_word_tokenizer(root, config.vocab_size)
     return root
 
 
-def write_4bit(root: Path, seed: int = 0, **overrides: Any) -> Path:
-    """A W4A4 checkpoint with random weights, quantized by absmax."""
+def write_4bit(
+    root: Path, seed: int = 0, write_tokenizer: TokenizerWriter = write_word_tokenizer, **overrides: Any
+) -> Path:
+    """A W4A4 checkpoint with random weights, quantized by absmax; `overrides` go into config.json."""
     root.mkdir(parents=True, exist_ok=True)
     config_json = {**BASE, **overrides}
     config = LlamaConfig.from_json(root, config_json)
@@ -77,5 +99,18 @@ def write_4bit(root: Path, seed: int = 0, **overrides: Any) -> Path:
         packed = arithmetic.pack(arithmetic.quantize(weight_MK, scale))
         linears[name] = QuantizedLinear(packed, columns, scale, arithmetic.activation_scale(1.5 + 0.1 * i))
     write_tokenizer(root, config.vocab_size)
-    write_quantized(root, config_json, named("w4a4"), linears, weights, provenance={"quality": {"note": "random"}})
+    provenance = {
+        "tokenizer_sha256": sha256(root / "tokenizer.json"),
+        "quality": {"perplexity_16bit": 10.0, "perplexity_w4a4": 10.5},
+    }
+    write_quantized(root, config_json, named("w4a4"), linears, weights, provenance)
     return root
+
+
+SERVED_CONTEXT = 128
+
+
+def write_served(root: Path) -> Path:
+    """The W4A4 checkpoint that server tests serve: byte-level tokens, an end token, a context of `SERVED_CONTEXT`."""
+    shape = {"vocab_size": 320, "max_position_embeddings": SERVED_CONTEXT, "num_hidden_layers": 1, "eos_token_id": 0}
+    return write_4bit(root, write_tokenizer=write_byte_level_tokenizer, **shape)
