@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,9 +200,11 @@ def write_quantized(
     quantization = {"quant_method": "osp", "format_version": FORMAT_VERSION, "scheme": scheme.to_dict()}
     # transformers 4 wrote torch_dtype for what is now dtype.
     config_json = {key: value for key, value in config_json.items() if key != "torch_dtype"}
-    save_file(tensors, root / QUANTIZED_WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(root / "config.json", {**config_json, "quantization_config": quantization, "dtype": "bfloat16"})
     write_json(root / "osp.json", provenance)
+    save_file(tensors, root / QUANTIZED_WEIGHTS_FILE, metadata={"format": "pt"})
+    # safetensors lets only the owner read its files; a server often runs as another user.
+    shutil.copymode(root / "config.json", root / QUANTIZED_WEIGHTS_FILE)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
