@@ -245,20 +245,18 @@ def _read_json(root: Path, name: str, if_missing: str) -> dict[str, Any]:
 
 
 def _weight_files(root: Path) -> list[Path]:
-    for name in (QUANTIZED_WEIGHTS_FILE, INDEX_FILE, WEIGHTS_FILE):
+    for name in (QUANTIZED_WEIGHTS_FILE, WEIGHTS_FILE):  # one file goes before shards, as in transformers
         if (root / name).exists():
-            break
-    else:
+            return [root / name]
+    if not (root / INDEX_FILE).exists():
         raise CheckpointError(root, f"{WEIGHTS_FILE} is missing (as are {INDEX_FILE} and {QUANTIZED_WEIGHTS_FILE})")
-    if name != INDEX_FILE:
-        return [root / name]
-    weight_map = _read_json(root, INDEX_FILE, "").get("weight_map", {})
+    weight_map = _read_json(root, INDEX_FILE, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(root, f"{INDEX_FILE} names no shards")
     files = [root / name for name in dict.fromkeys(weight_map.values())]
     missing = [file.name for file in files if not file.exists()]
-    if missing or not files:
-        raise CheckpointError(
-            root, f"{INDEX_FILE} names shards that are missing: {', '.join(missing) or 'none at all'}"
-        )
+    if missing:
+        raise CheckpointError(root, f"{INDEX_FILE} names shards that are missing: {', '.join(missing)}")
     return files
 
 

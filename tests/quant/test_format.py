@@ -106,6 +106,8 @@ def test_a_missing_shard_is_named(make_checkpoint):
     shard = sorted(path.glob("*.safetensors"))[1]
     shard.unlink()
     assert shard.name in refusal(path)
+    write_json(path / "model.safetensors.index.json", {"weight_map": {}})
+    assert "names no shards" in refusal(path)
 
 
 def test_a_parameter_too_large_for_bfloat16_is_refused(checkpoint_path, tmp_path):
