@@ -1,14 +1,12 @@
 """Perplexity of any local engine on text.
 
-The convention, which `quant.perplexity` shares: every document is encoded by the tokenizer as it stands and cut into
-consecutive windows of the context length; a last window of one token is dropped; the first token of a window is not
-scored. Perplexity is exp(sum of negative log likelihoods / number of scored tokens), in float64.
+The convention is that of `quant.text`, so that the figure is the quantizer's where the engine computes the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from quant.arithmetic import NonFiniteError
+from quant.text import windows
 from runtime.engine.base import ModelRunner, SequenceSlice
 
 LOGIT_ROWS = 128
@@ -48,21 +47,22 @@ def perplexity(
 
     Raises:
         NothingToScoreError: no document has two tokens.
-        NonFiniteError: the model computes NaN or infinity.
+        NonFiniteError: it is NaN or infinite.
     """
     total, tokens = 0.0, 0
-    for document in documents:
-        token_ids = np.array(tokenizer.encode(document).ids, np.int32)
-        for window_L in _windows(token_ids, _window_length(runner)):
-            total += _negative_log_likelihood(runner, window_L)
-            tokens += len(window_L) - 1
-            if progress:
-                progress(tokens)
+    encoded = (tokenizer.encode(document).ids for document in documents)
+    for window in windows(encoded, _window_length(runner)):
+        total += _negative_log_likelihood(runner, np.array(window, np.int32))
+        tokens += len(window) - 1
+        if progress:
+            progress(tokens)
     if not tokens:
         raise NothingToScoreError("there is nothing to score: no document has two tokens")
-    if not math.isfinite(total):
-        raise NonFiniteError(f"the perplexity over {tokens} tokens is not finite: the model computes NaN or infinity")
-    return Perplexity(math.exp(min(total / tokens, math.log(1e300))), tokens)
+    with np.errstate(over="ignore"):
+        value = float(np.exp(total / tokens))
+    if not math.isfinite(value):
+        raise NonFiniteError(f"the perplexity over {tokens} tokens is {value}")
+    return Perplexity(value, tokens)
 
 
 def _window_length(runner: ModelRunner) -> int:
@@ -70,13 +70,6 @@ def _window_length(runner: ModelRunner) -> int:
     if capacity < length:
         raise ValueError(f"a KV cache of {capacity} positions cannot hold the context of {length}")
     return length
-
-
-def _windows(token_ids: NDArray[np.int32], length: int) -> Iterator[NDArray[np.int32]]:
-    for start in range(0, len(token_ids), length):
-        window_L = token_ids[start : start + length]
-        if len(window_L) >= 2:
-            yield window_L
 
 
 def _negative_log_likelihood(runner: ModelRunner, window_L: NDArray[np.int32]) -> float:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass
@@ -25,20 +26,25 @@ class ServerProcess:
         return self.process.wait(timeout=60)
 
 
-def osp_serve(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def osp_serve(
+    *arguments: str, python: Path = Path(sys.executable), cwd: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
     """Starts `osp serve`. Its stderr is a pipe."""
     return subprocess.Popen(
-        [sys.executable, "-m", "runtime.cli", "serve", *arguments],
+        [str(python), "-m", "runtime.cli", "serve", *arguments],
         stderr=subprocess.PIPE,
         text=True,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
     )
 
 
 @contextlib.contextmanager
-def running_server(*arguments: str, **environment: str) -> Iterator[ServerProcess]:
+def running_server(
+    *arguments: str, python: Path = Path(sys.executable), cwd: Path | None = None, **environment: str
+) -> Iterator[ServerProcess]:
     """`osp serve` on a free port, from the moment it says that it serves; killed at the end if still there."""
-    process = osp_serve(*arguments, "--port", "0", **environment)
+    process = osp_serve(*arguments, "--port", "0", python=python, cwd=cwd, **environment)
     assert process.stderr is not None
     try:
         log = ""

@@ -153,7 +153,10 @@ class Engine(Protocol):
         ...
 
     async def shutdown(self, drain_s: float) -> None:
-        """Stops admitting, lets live requests finish for up to `drain_s` seconds, aborts the rest, frees all."""
+        """Stops admitting, lets live requests finish for up to `drain_s` seconds, aborts the rest, frees all.
+
+        May be called again, also to shorten a drain that is under way.
+        """
         ...
 
 
