@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from quant.histogram import Histogram
+from quant.outliers import excess_kurtosis
 from quant.text import TextError
 
 SHARED_INPUTS = (
@@ -33,7 +34,7 @@ class InputRange:
         clip_ratio: `7 * scale / absmax`.
         absmax: largest magnitude seen.
         mse: mean squared error of the input under `scale`.
-        excess_kurtosis: see `excess_kurtosis`; about 0 where there are no outlier channels.
+        excess_kurtosis: see `quant.outliers`; about 0 where there are no outlier channels.
         tokens: how many tokens were seen.
     """
 
@@ -43,18 +44,6 @@ class InputRange:
     mse: float
     excess_kurtosis: float
     tokens: int
-
-
-def excess_kurtosis(x_ND: Tensor) -> Tensor:
-    """The measure of the OSP paper for each token: `relu(mean(x^4) / std(x)^4 - 3)` over channels, float64 [N].
-
-    The fourth moment is about zero and the deviation about the mean, as the trainer measures it. A normal
-    distribution has 0, one channel of D that carries everything about D. A token without any spread counts as 0.
-    """
-    x_ND = x_ND.double()
-    deviation_N1 = x_ND.std(-1, unbiased=False, keepdim=True)
-    fourth_N = (x_ND / deviation_N1).pow(4).mean(-1)
-    return torch.where(deviation_N1[:, 0] > 0, (fourth_N - 3).relu(), 0.0)
 
 
 @torch.inference_mode()

@@ -97,11 +97,7 @@ def quantize_checkpoint(
 def _read_texts(
     checkpoint: Checkpoint, calibration: Sequence[str | os.PathLike[str]], heldout: Sequence[str | os.PathLike[str]]
 ) -> tuple[Corpus, Corpus]:
-    tokenizer_json = checkpoint.path / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower type
-        raise CheckpointError(checkpoint.path, f"tokenizer.json cannot be used: {error}") from None
+    tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
     corpus = read_corpus(calibration, tokenizer, limit=CALIBRATION_TOKENS)
     return (corpus, read_corpus(heldout, tokenizer)) if heldout else corpus.hold_back()
 

@@ -1,4 +1,4 @@
-"""Reads and writes checkpoints: Hugging Face Llama in 16 or 32 bit, and the 4-bit form. numpy only.
+"""Reads and writes checkpoints: Hugging Face Llama in 16 or 32 bit, and the 4-bit form. No torch.
 
 A checkpoint is a directory:
 
@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
 from quant import arithmetic
 from quant.llama import CheckpointError, LlamaConfig
@@ -131,7 +132,10 @@ def read_config(root: Path) -> tuple[LlamaConfig, dict[str, Any] | None]:
     if not root.is_dir():
         raise CheckpointError(root, "no such directory; a checkpoint is a directory with config.json in it")
     config_json = _read_json(root, "config.json", "this is not a checkpoint directory")
-    return LlamaConfig.from_json(root, config_json), config_json.get("quantization_config")
+    quantization = config_json.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(root, f"config.json: quantization_config must be an object, is {quantization!r}")
+    return LlamaConfig.from_json(root, config_json), quantization
 
 
 def read_provenance(root: Path) -> dict[str, Any]:
@@ -154,21 +158,24 @@ def iterate_tensors(root: Path) -> Iterator[tuple[str, Tensor]]:
 
 def check_tokenizer(root: Path, config: LlamaConfig, provenance: Mapping[str, Any]) -> None:
     """Raises `CheckpointError` unless tokenizer.json is the one recorded and its ids fit the embedding."""
-    tokenizer = _read_json(root, "tokenizer.json", "copy the tokenizer that the model was trained with there")
-    recorded, actual = provenance.get("tokenizer_sha256"), sha256(root / "tokenizer.json")
+    file = root / "tokenizer.json"
+    if not file.exists():
+        raise CheckpointError(root, f"{file.name} is missing; copy the tokenizer that the model was trained with there")
+    recorded, actual = provenance.get("tokenizer_sha256"), sha256(file)
     if recorded is not None and recorded != actual:
         raise CheckpointError(
             root,
-            f"tokenizer.json is not the one this model was made with: its SHA-256 is {actual[:12]}…, "
-            f"osp.json records {recorded[:12]}…",
+            f"{file.name} is not the one this model was made with: its SHA-256 is {actual[:12]}…, "
+            f"osp.json records {str(recorded)[:12]}…",
         )
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-    ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
-    if not ids or max(ids) >= config.vocab_size:
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # noqa: BLE001 - the library raises no narrower type
+        raise CheckpointError(root, f"{file.name} cannot be read: {error}") from None
+    highest = max(vocabulary.values(), default=-1)
+    if not 0 <= highest < config.vocab_size:
         raise CheckpointError(
-            root,
-            f"tokenizer.json has ids up to {max(ids, default=-1)}, but the model's vocabulary is {config.vocab_size}",
+            root, f"{file.name} has ids up to {highest}, but the model's vocabulary is {config.vocab_size}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ class LlamaConfig:
             raise refuse(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
         # transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise refuse(f"rope_parameters must be an object, is {rope!r}")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
             raise refuse(f"rope scaling of type {rope_type!r} is not supported")
@@ -72,6 +75,11 @@ class LlamaConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise refuse(f"{key} must be a positive whole number, is {value!r}")
             return value
+
+        def number(key: str, value: Any) -> float:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise refuse(f"{key} must be a positive number, is {value!r}")
+            return float(value)
 
         heads, width = size("num_attention_heads"), size("hidden_size")
         shape = cls(
@@ -83,8 +91,8 @@ class LlamaConfig:
             num_key_value_heads=size("num_key_value_heads", heads),
             head_dim=size("head_dim", width // heads),
             max_position_embeddings=size("max_position_embeddings"),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+            rms_norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+            rope_theta=number("rope_theta", rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
         if heads % shape.num_key_value_heads:

@@ -60,7 +60,8 @@ def evaluate(model: str, data: tuple[Path, ...], engine: str, as_json: bool) -> 
     try:
         path = resolve_model(model)
         runner = load_runner(engine, path)
-        measured = perplexity(runner, _read_tokenizer(path), read_documents(data), progress)
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))  # load_runner has checked it
+        measured = perplexity(runner, tokenizer, read_documents(data), progress)
     except USER_ERRORS as error:
         raise click.ClickException(str(error)) from None
     finally:
@@ -103,13 +104,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "quality": checkpoint.provenance.get("quality"),
         "warning": checkpoint.provenance.get("warning"),
     }
-
-
-def _read_tokenizer(root: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(root / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exceptions
-        raise click.ClickException(f"{root / 'tokenizer.json'} cannot be read: {error}") from error
 
 
 def _as_text(model: str, description: dict[str, Any]) -> str:

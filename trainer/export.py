@@ -7,6 +7,7 @@ SSNorm -> RMSNorm with a constant weight
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def export(
     dtype_name = str(dtype).removeprefix("torch.")
     state = {name: tensor.to(dtype).contiguous().clone() for name, tensor in llama_state(folded(model)).items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    # safetensors creates files that only their owner can read; a server may run as another user.
+    shutil.copymode(directory / "tokenizer.json", directory / "model.safetensors")
     llama_config(model, end_token_id, dtype_name).save_pretrained(directory)
     write_json(directory / "generation_config.json", {"bos_token_id": end_token_id, "eos_token_id": end_token_id})
     tokenizer = sha256(directory / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""How heavy-tailed are the activations? Excess kurtosis and absmax of the residual stream."""
+"""Excess kurtosis and absmax of the residual stream, block by block."""
 
 from __future__ import annotations
 
@@ -7,20 +7,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from quant.outliers import excess_kurtosis
 from trainer.model import OSPModel
-
-
-def excess_kurtosis(x_ND: Tensor) -> float:
-    """The paper's measure: mean over tokens of `relu(mean(x^4) / std(x)^4 - 3)` over channels.
-
-    A normal distribution has 0. One channel of width D that alone carries everything has about D.
-
-    Args:
-        x_ND: hidden states, one row a token.
-    """
-    x_ND = x_ND.double()
-    spread_N = x_ND.std(-1, unbiased=False).pow(4).clamp_min(torch.finfo(torch.float64).tiny)
-    return float((x_ND.pow(4).mean(-1) / spread_N - 3).relu().mean())
 
 
 @torch.no_grad()
@@ -29,7 +17,7 @@ def residual_outliers(model: OSPModel, ids_BL: Tensor) -> dict[str, list[float]]
     measured: dict[str, list[float]] = {"excess_kurtosis": [], "absmax": []}
 
     def record(_module: torch.nn.Module, _inputs: tuple[Tensor, ...], hidden_BLD: Tensor) -> None:
-        measured["excess_kurtosis"].append(excess_kurtosis(hidden_BLD.flatten(0, 1)))
+        measured["excess_kurtosis"].append(float(excess_kurtosis(hidden_BLD.flatten(0, 1)).mean()))
         measured["absmax"].append(float(hidden_BLD.abs().max()))
 
     with ExitStack() as hooks:

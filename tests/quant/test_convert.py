@@ -262,7 +262,7 @@ def test_the_command_names_what_is_wrong(checkpoint_path, text_path, tmp_path, r
 def test_a_tokenizer_that_cannot_be_used_is_named(checkpoint_path, tmp_path):
     tokenizer = json.loads((checkpoint_path / "tokenizer.json").read_text())
     write_json(checkpoint_path / "tokenizer.json", tokenizer | {"pre_tokenizer": {"type": "Unheard"}})
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4)
 
 

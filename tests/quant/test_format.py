@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from quant import arithmetic
@@ -230,13 +231,19 @@ def test_another_tokenizer_than_the_recorded_one_is_refused(packed_path):
     assert "not the one this model was made with" in refusal(packed_path)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model": [1]}', '{"model": {"vocab": 3}}', "not JSON"])
+def test_a_damaged_tokenizer_is_refused(checkpoint_path, content):
+    (checkpoint_path / "tokenizer.json").write_text(content)
+    assert "tokenizer.json cannot be read" in refusal(checkpoint_path)
+
+
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(make_checkpoint):
     assert "ids up to 255, but the model's vocabulary is 255" in refusal(make_checkpoint(vocab_size=255))
     path = make_checkpoint("fits", vocab_size=256)
     assert read_checkpoint(path).config.vocab_size == 256
-    tokenizer = json.loads((path / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [{"id": 256, "content": "<end>"}]
-    write_json(path / "tokenizer.json", tokenizer)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save(str(path / "tokenizer.json"))
     assert "ids up to 256" in refusal(path)
 
 
@@ -251,6 +258,10 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(make_checkpoint):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
         ({"hidden_size": 0}, "hidden_size must be a positive whole number, is 0"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"rope_parameters": ["default"]}, "rope_parameters must be an object"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a positive number, is 'big'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, is None"),
+        ({"quantization_config": ["osp"]}, "quantization_config must be an object"),
         ({"num_key_value_heads": 3}, "cannot share 3 key/value heads"),
         ({"head_dim": 5}, "head_dim must be even"),
         ({"num_hidden_layers": 1}, "unexpected tensors: model.layers.1"),

@@ -46,6 +46,12 @@ def test_the_export_loads_without_remote_code_and_computes_the_same(finished):
         torch.testing.assert_close(llama(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_exported_can_be_read_by_others(finished):
+    directory, _ = finished
+    modes = {file.name: file.stat().st_mode for file in (directory / "final").iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_osp_json_says_where_the_model_comes_from(finished):
     directory, report = finished
     osp = json.loads((directory / "final" / "osp.json").read_text("utf-8"))
