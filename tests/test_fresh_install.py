@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import venv
@@ -20,8 +21,13 @@ ROOT = Path(__file__).parents[1]
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment that `pip install osp-runtime` has made."""
     folder = tmp_path_factory.mktemp("install")
+    # A copy: the build leaves files in its source tree, which the next build would pack again.
+    for name in ("trainer", "quant", "runtime"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT)], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(folder / "source")], check=True)
     (wheel,) = folder.glob("osp_runtime-*.whl")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
