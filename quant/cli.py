@@ -16,7 +16,7 @@ from quant.text import TextError
 TEXT = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Turn a Hugging Face Llama into a 4-bit checkpoint.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @click.option("--scheme", default="w4a4", show_default=True, help=f"What to quantize: {', '.join(SCHEMES)}.")

@@ -22,7 +22,7 @@ USER_ERRORS = (ModelNotFoundError, CheckpointError, UnknownEngineError, TextErro
 """What the user can mend, and is told in one line; anything else is a fault of this program and keeps its traceback."""
 
 
-@click.command()
+@click.command(short_help="Say what a model is: scheme, sizes, recorded quality.")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(model: str, as_json: bool) -> None:
@@ -40,7 +40,7 @@ def info(model: str, as_json: bool) -> None:
     click.echo(json.dumps(description, ensure_ascii=False) if as_json else _as_text(model, description))
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure the perplexity of a model on text.")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--data", multiple=True, required=True, type=click.Path(path_type=Path), help="Text; may be repeated.")
 @click.option("--engine", default="auto", show_default=True, help="The engine to run.")

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -155,17 +156,10 @@ def training_batch(stream: NDArray[np.integer], config: TrainConfig, step: int) 
     return torch.from_numpy(np.stack(chosen))
 
 
-_orders: dict[tuple[int, int, int, int], tuple[NDArray[np.int64], int]] = {}
-
-
+@lru_cache(maxsize=2)  # a batch spans two epochs at most
 def _epoch_order(seed: int, epoch: int, windows: int, length: int) -> tuple[NDArray[np.int64], int]:
-    key = (seed, epoch, windows, length)
-    if key not in _orders:
-        if len(_orders) > 1:
-            _orders.clear()
-        generator = np.random.default_rng([seed, epoch])
-        _orders[key] = generator.permutation(windows), int(generator.integers(length))
-    return _orders[key]
+    generator = np.random.default_rng([seed, epoch])
+    return generator.permutation(windows), int(generator.integers(length))
 
 
 def held_out_windows(stream: NDArray[np.integer], length: int, tokens: int) -> torch.Tensor:

@@ -21,9 +21,9 @@ COMMAND = "make demo-model"
 
 CARD = """# {name}
 
-A Llama of {parameters:,} parameters, trained outlier-safe by this repository's own trainer, {form}. It writes English
-sentences, not truths: it exists so that `osp serve` has something to serve, and so that what 4 bits cost can be seen.
-Rebuilt by `{command}`, which also wrote this card.
+A Llama of {parameters:,} parameters, trained outlier-safe by this repository's own trainer, {form}.
+It writes English sentences, not truths: it exists so that `osp serve` has something to serve, and so that what 4 bits
+cost can be seen. Rebuilt by `{command}`, which also wrote this card.
 
 | | |
 |---|---|
@@ -73,7 +73,7 @@ def main(run: Path) -> None:
     write_json(sixteen_bit / "osp.json", {**provenance, "quality": measured})
     config, _ = read_config(final)
     parameters = sum(math.prod(shape) for shape in (*config.linear_shapes().values(), *config.float_shapes().values()))
-    for directory, form in ((four_bit, "in 4 bits: W4A4, one scale a tensor"), (sixteen_bit, "in bfloat16")):
+    for directory, form in ((four_bit, "in 4 bits (W4A4)"), (sixteen_bit, "in bfloat16")):
         (directory / "README.md").write_text(card(directory.name, form, parameters, report), encoding="utf-8")
     sys.stdout.write(f"perplexity {quality['perplexity_16bit']:.2f} -> {quality['perplexity_w4a4']:.2f}\n")
 
