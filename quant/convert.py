@@ -11,12 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from quant import arithmetic, format
 from quant.calibrate import InputRange, calibrate
 from quant.corpus import Corpus, read_corpus
-from quant.format import Checkpoint, QuantizedLinear, read_checkpoint
+from quant.format import Checkpoint, QuantizedLinear, read_checkpoint, read_tokenizer
 from quant.llama import CheckpointError
 from quant.model import load_model
 from quant.perplexity import Perplexity, measure_perplexity
@@ -97,7 +95,7 @@ def quantize_checkpoint(
 def _read_texts(
     checkpoint: Checkpoint, calibration: Sequence[str | os.PathLike[str]], heldout: Sequence[str | os.PathLike[str]]
 ) -> tuple[Corpus, Corpus]:
-    tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
+    tokenizer = read_tokenizer(checkpoint.path)
     corpus = read_corpus(calibration, tokenizer, limit=CALIBRATION_TOKENS)
     return (corpus, read_corpus(heldout, tokenizer)) if heldout else corpus.hold_back()
 

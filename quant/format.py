@@ -40,6 +40,7 @@ from quant.scheme import Scheme, SchemeError
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
 INDEX_FILE = "model.safetensors.index.json"
 # transformers ignores a quant_method that it does not know and would fill in random weights: it must find no file.
 QUANTIZED_WEIGHTS_FILE = "osp.safetensors"
@@ -156,26 +157,42 @@ def iterate_tensors(root: Path) -> Iterator[tuple[str, Tensor]]:
             ) from error
 
 
+def read_tokenizer(root: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, which encodes text whole and as text.
+
+    Truncation and padding, which tokenizer.json may ask for, are off. A special token that is typed in a text is
+    characters, not control; those that the post-processor adds (a beginning-of-sequence token) are still added.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or cannot be read.
+    """
+    try:
+        tokenizer = Tokenizer.from_str((root / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        mend = "copy the tokenizer that the model was trained with there"
+        raise CheckpointError(root, f"{TOKENIZER_FILE} is missing; {mend}") from None
+    except Exception as error:  # noqa: BLE001 - the library raises no narrower type
+        raise CheckpointError(root, f"{TOKENIZER_FILE} cannot be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def check_tokenizer(root: Path, config: LlamaConfig, provenance: Mapping[str, Any]) -> None:
     """Raises `CheckpointError` unless tokenizer.json is the one recorded and its ids fit the embedding."""
-    file = root / "tokenizer.json"
-    if not file.exists():
-        raise CheckpointError(root, f"{file.name} is missing; copy the tokenizer that the model was trained with there")
-    recorded, actual = provenance.get("tokenizer_sha256"), sha256(file)
+    vocabulary = read_tokenizer(root).get_vocab(with_added_tokens=True)
+    recorded, actual = provenance.get("tokenizer_sha256"), sha256(root / TOKENIZER_FILE)
     if recorded is not None and recorded != actual:
         raise CheckpointError(
             root,
-            f"{file.name} is not the one this model was made with: its SHA-256 is {actual[:12]}…, "
+            f"{TOKENIZER_FILE} is not the one this model was made with: its SHA-256 is {actual[:12]}…, "
             f"osp.json records {str(recorded)[:12]}…",
         )
-    try:
-        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # noqa: BLE001 - the library raises no narrower type
-        raise CheckpointError(root, f"{file.name} cannot be read: {error}") from None
     highest = max(vocabulary.values(), default=-1)
     if not 0 <= highest < config.vocab_size:
         raise CheckpointError(
-            root, f"{file.name} has ids up to {highest}, but the model's vocabulary is {config.vocab_size}"
+            root, f"{TOKENIZER_FILE} has ids up to {highest}, but the model's vocabulary is {config.vocab_size}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from quant import arithmetic
-from quant.format import QuantizedLinear, read_checkpoint, sha256, write_json, write_quantized
+from quant.format import QuantizedLinear, read_checkpoint, read_tokenizer, sha256, write_json, write_quantized
 from quant.llama import CheckpointError
 from quant.scheme import SchemeError, named
 
@@ -235,6 +236,35 @@ def test_another_tokenizer_than_the_recorded_one_is_refused(packed_path):
 def test_a_damaged_tokenizer_is_refused(checkpoint_path, content):
     (checkpoint_path / "tokenizer.json").write_text(content)
     assert "tokenizer.json cannot be read" in refusal(checkpoint_path)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_tokenizer_that_may_not_be_read_is_refused(checkpoint_path):
+    (checkpoint_path / "tokenizer.json").chmod(0)
+    assert "tokenizer.json cannot be read" in refusal(checkpoint_path)
+
+
+def test_a_tokenizer_that_is_a_directory_is_refused(checkpoint_path):
+    (checkpoint_path / "tokenizer.json").unlink()
+    (checkpoint_path / "tokenizer.json").mkdir()
+    assert "tokenizer.json cannot be read" in refusal(checkpoint_path)
+
+
+def test_text_is_encoded_whole_and_as_text(tmp_path, tokenizer):
+    end = "<|endoftext|>"
+    tokenizer.add_special_tokens([end])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 256)])
+    text = f"one {end} two, and more than four tokens"
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=200)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    read = read_tokenizer(tmp_path)
+    ids = read.encode(text).ids
+    assert ids[0] == 256
+    assert 256 not in ids[1:]
+    assert len(ids) == 1 + len(text)  # a token a byte
+    assert read.decode(ids) == text
+    assert [len(encoding.ids) for encoding in read.encode_batch(["a", "abc"])] == [2, 4]
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(make_checkpoint):
