@@ -11,7 +11,7 @@ from typing import Any
 from quant.format import read_config, read_provenance
 from quant.llama import CheckpointError
 from runtime.engine.base import Engine
-from runtime.engine.load import UnknownEngineError, load_engine
+from runtime.engine.registry import UnknownEngineError, load_engine
 from runtime.engine.scheduler import SchedulerLimits
 from runtime.model_store import ModelNotFoundError, resolve_model
 from runtime.server.errors import ApiError, shortened

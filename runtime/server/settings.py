@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from runtime.engine.load import ENGINES
+from runtime.engine.registry import ENGINES
 from runtime.model_store import BUNDLED_MODELS, DEFAULT_MODEL
 
 ENV_PREFIX = "OSP_"

@@ -14,7 +14,7 @@ from quant.arithmetic import NonFiniteError
 from quant.format import Checkpoint, read_checkpoint
 from quant.llama import CheckpointError
 from quant.text import TextError, read_documents
-from runtime.engine.load import UnknownEngineError, load_runner
+from runtime.engine.registry import UnknownEngineError, load_runner
 from runtime.evaluate import NothingToScoreError, perplexity
 from runtime.model_store import DEFAULT_MODEL, ModelNotFoundError, resolve_model
 

@@ -11,7 +11,7 @@ from checkpoints import write_full_precision
 from click.testing import CliRunner, Result
 
 from quant.format import Checkpoint
-from runtime.inspect_cli import evaluate, info
+from runtime.model_cli import evaluate, info
 
 
 def ask(command: object, *arguments: object) -> Result:

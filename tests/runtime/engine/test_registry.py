@@ -13,7 +13,7 @@ import pytest
 from quant.format import Checkpoint
 from quant.llama import CheckpointError
 from runtime.engine.base import GenerationRequest, SamplingParams
-from runtime.engine.load import UnknownEngineError, load_engine, load_runner
+from runtime.engine.registry import UnknownEngineError, load_engine, load_runner
 from runtime.engine.scheduler import SchedulerLimits
 
 
@@ -48,5 +48,5 @@ def test_the_engine_generates(quantized: Checkpoint) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    check = "import sys, runtime.engine.load, runtime.inspect_cli; sys.exit('torch' in sys.modules)"
+    check = "import sys, runtime.engine.registry, runtime.model_cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
