@@ -47,8 +47,8 @@ corpus: $(BUILD)/corpus/speeches.jsonl ## Fetch the text that the bundled model 
 $(BUILD)/corpus/speeches.jsonl: $(VENV)/.dev
 	$(BIN)/python -m trainer.demo_corpus $(BUILD)/corpus
 
-# About 90 minutes on two cores. The held-out documents and the calibration documents are two halves of the part of
-# the corpus that training never sees.
+# About an hour on two idle cores. Activation ranges are calibrated on training documents, perplexity is measured on the
+# documents that training held out.
 demo-model: corpus ## Train, quantize and bundle the demo model again
 	$(BIN)/osp train --preset demo --data $(BUILD)/corpus --out $(BUILD)/demo $(if $(RESUME),--resume)
 	$(BIN)/python -m trainer.demo_model $(BUILD)/demo

@@ -62,6 +62,11 @@ def test_osp_commands_parse(page: Path) -> None:
             command.make_context(words[1], words[2:], parent=group).close()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_placeholder_is_left(page: Path) -> None:
+    assert not re.search(r"\b(TODO|FIXME|TBD|XXX|[A-Z]+_(TABLE|TREE|HERE))\b", page.read_text("utf-8"))
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     for page in PAGES:

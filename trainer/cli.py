@@ -25,7 +25,9 @@ from trainer.config import PRESETS, ConfigError, preset
 )
 @click.option("--recipe", type=click.Choice(["osp", "adam"]), help="adam: the plain twin, AdamW and RMSNorm.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.")
-@click.option("--seed", type=int, help="Seed of initialization and data order.")
+@click.option("--matrix-lr", type=float, help="Peak learning rate of the matrices.")
+@click.option("--embedding-lr", type=float, help="Peak learning rate of embedding, head and norms.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of initialization and data order.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--resume", is_flag=True, help="Continue the run in OUT from its last checkpoint.")
@@ -36,6 +38,8 @@ def train(
     out: Path,
     recipe: str | None,
     steps: int | None,
+    matrix_lr: float | None,
+    embedding_lr: float | None,
     seed: int | None,
     threads: int | None,
     dtype: str,
@@ -43,21 +47,21 @@ def train(
     as_json: bool,
 ) -> None:
     """Trains a compact model on your text, outlier-safe by default, and exports it to OUT/final as a plain Llama."""
-    try:
-        import torch
+    # Not at the top: `osp --help` shows this command too, and need not load torch for it.
+    import torch
 
-        from trainer.data import DataError
-        from trainer.export import ExportError
-        from trainer.train import TrainingError
-        from trainer.train import train as run_training
-    except ImportError as error:
-        raise click.ClickException(f"{error}; training needs: pip install 'osp-runtime[train]'") from None
+    from trainer.data import DataError
+    from trainer.export import ExportError
+    from trainer.train import TrainingError
+    from trainer.train import train as run_training
+
     if threads:
         torch.set_num_threads(threads)
     try:
-        config = preset(preset_name, recipe=recipe, steps=steps, seed=seed)
+        changes = {"recipe": recipe, "steps": steps, "seed": seed, "matrix_lr": matrix_lr, "embedding_lr": embedding_lr}
+        config = preset(preset_name, **changes)
         report = run_training(paths, out, config, resume=resume, dtype=getattr(torch, dtype), quiet=as_json)
-    except (ConfigError, TextError, DataError, TrainingError, ExportError) as error:
+    except (ConfigError, TextError, DataError, TrainingError, ExportError, OSError) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(json.dumps({"checkpoint": str(out / "final"), **report}))

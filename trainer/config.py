@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Recipe = Literal["osp", "adam"]
 """`osp`: Muon, Single-Scale RMSNorm and embedding projections. `adam`: the plain twin, AdamW and RMSNorm."""
+
+
+CHANGEABLE = frozenset(
+    {"matrix_lr", "embedding_lr", "micro_batch_tokens", "eval_tokens", "eval_every", "checkpoint_every"}
+)
+"""Settings that may differ when a run is resumed."""
 
 
 class ConfigError(ValueError):
@@ -47,6 +54,8 @@ class TrainConfig:
         matrix_lr: Muon's learning rate for the matrices of the body and both embedding projections. The update is
             scaled to AdamW's RMS, so one value serves AdamW too, which uses it under the `adam` recipe.
         embedding_lr: AdamW's learning rate for the embedding, the head and the norms.
+        micro_batch_tokens: tokens that go through the model at a time; gradients of a step add up over them. Bounds
+            memory and does not change what is computed, but for rounding.
         held_out: share of the documents that training never sees.
         eval_tokens: held-out tokens that each evaluation reads, at most.
         autocast: run matrix products in bfloat16; parameters and optimizer state stay float32.
@@ -56,6 +65,7 @@ class TrainConfig:
     recipe: Recipe = "osp"
     steps: int = 1000
     batch_tokens: int = 4096
+    micro_batch_tokens: int = 8192
     matrix_lr: float = 2e-3
     embedding_lr: float = 2e-3
     weight_decay: float = 0.01
@@ -74,9 +84,12 @@ class TrainConfig:
             raise ConfigError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of the context length {self.model.context_length}"
             )
-        for name in ("steps", "eval_every", "checkpoint_every"):
+        for name in ("steps", "eval_every", "checkpoint_every", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, is {getattr(self, name)}")
+        for name in ("matrix_lr", "embedding_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a positive number, is {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
         """As written into checkpoints and osp.json."""

@@ -23,14 +23,14 @@ from tokenizers import Tokenizer
 
 from quant.format import write_json
 from quant.text import read_documents
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import TrainConfig
 from trainer.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
 CALIBRATION_DOCUMENTS = 256
 
 
 class DataError(ValueError):
-    """A corpus that is too small; the message says by how much."""
+    """A corpus that is too small, or not the one that a run began with; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +81,25 @@ def write_documents(file: Path, documents: Sequence[str]) -> None:
     file.write_text("".join(lines), encoding="utf-8")
 
 
-def prepare(paths: Sequence[str | os.PathLike[str]], directory: Path, config: TrainConfig) -> TokenStreams:
-    """Reads the corpus, trains the tokenizer, writes tokenizer and token streams into `directory`, or takes the ones
-    that are there already.
+def prepare(
+    paths: Sequence[str | os.PathLike[str]], directory: Path, config: TrainConfig, *, resume: bool = False
+) -> TokenStreams:
+    """Reads the corpus, trains the tokenizer, and writes both and the token streams into `directory`.
+
+    Args:
+        resume: open what is there already, after making sure that it was made from this corpus.
 
     Raises:
         TextError: the corpus cannot be read.
-        DataError: it is smaller than one batch.
-        ConfigError: the tokenizer already there has another vocabulary size.
+        DataError: it is smaller than one batch; or, to resume, it is another one than before.
     """
-    summary_file = directory / "data.json"
-    if not summary_file.exists():
-        _write_streams(paths, directory, config)
-    summary = json.loads(summary_file.read_text("utf-8"))
-    if summary["vocab_size"] != config.model.vocab_size:
-        raise ConfigError(
-            f"{directory} was prepared for a vocabulary of {summary['vocab_size']}, the model has "
-            f"{config.model.vocab_size}; choose another --out"
-        )
+    documents = list(read_documents(paths))
+    digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    if not resume:
+        _write_streams(documents, digest, directory, config)
+    summary = json.loads((directory / "data.json").read_text("utf-8"))
+    if summary["corpus_sha256"] != digest:
+        raise DataError(f"{directory} was made from another text than --data names now; resume with the same text")
     train, held_out = (
         np.memmap(directory / f"{name}.bin", dtype=summary["dtype"], mode="r") for name in ("train", "held_out")
     )
@@ -111,31 +112,30 @@ def prepare(paths: Sequence[str | os.PathLike[str]], directory: Path, config: Tr
     )
 
 
-def _write_streams(paths: Sequence[str | os.PathLike[str]], directory: Path, config: TrainConfig) -> None:
-    train, held_out = split_documents(list(read_documents(paths)), config.held_out)
+def _write_streams(documents: Sequence[str], digest: str, directory: Path, config: TrainConfig) -> None:
+    train, held_out = split_documents(documents, config.held_out)
     tokenizer = train_tokenizer(train, config.model.vocab_size)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = "uint16" if config.model.vocab_size <= 2**16 else "uint32"
-    for name, documents in (("train", train), ("held_out", held_out)):
-        encoded = [encoding.ids for encoding in tokenizer.encode_batch(documents)]
+    for name, part in (("train", train), ("held_out", held_out)):
+        encoded = [encoding.ids for encoding in tokenizer.encode_batch(part)]
         ids = np.concatenate([np.asarray(document, dtype) for document in encoded])
         needed = config.batch_tokens + config.model.context_length if name == "train" else 2
         if ids.size < needed:
             raise DataError(
-                f"the {name.replace('_', '-')} part of the corpus has {ids.size} tokens in {len(documents)} "
-                f"document(s); at least {needed} are needed"
+                f"the {name.replace('_', '-')} part of the corpus has {ids.size} tokens in {len(part)} document(s); "
+                f"at least {needed} are needed"
             )
         ids.tofile(directory / f"{name}.bin")
     save_tokenizer(tokenizer, directory, config.model.context_length)
     write_documents(directory / "held_out.jsonl", held_out)
     write_documents(directory / "calibration.jsonl", sorted(train, key=_rank)[:CALIBRATION_DOCUMENTS])
     summary = {
-        "vocab_size": config.model.vocab_size,
+        "corpus_sha256": digest,
         "dtype": dtype,
         "documents": len(train),
         "held_out_documents": len(held_out),
     }
-    # Written last: its presence says that the rest is complete.
     write_json(directory / "data.json", summary)
 
 

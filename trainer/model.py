@@ -121,9 +121,10 @@ class OSPModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, recipe) for _ in range(config.num_layers))
         self.norm = make_norm(config, recipe)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
-        projected = recipe == "osp"
-        self.embed_projection = nn.Linear(width, width, bias=False) if projected else nn.Identity()
-        self.head_projection = nn.Linear(width, width, bias=False) if projected else nn.Identity()
+        # Made for the twin too, and thrown away: both recipes then draw the same numbers for what they share.
+        projections = [nn.Linear(width, width, bias=False) for _ in range(2)]
+        self.embed_projection: nn.Module = projections[0] if recipe == "osp" else nn.Identity()
+        self.head_projection: nn.Module = projections[1] if recipe == "osp" else nn.Identity()
         self._initialize()
 
     def _initialize(self) -> None:

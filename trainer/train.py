@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from quant.format import write_json
 from trainer import outliers
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import CHANGEABLE, ConfigError, TrainConfig
 from trainer.data import TokenStreams, held_out_windows, prepare, training_batch
 from trainer.export import export
 from trainer.model import OSPModel
@@ -92,19 +93,23 @@ class Trainer:
         """
         set_learning_rate(self.optimizers, learning_rate_share(self.step, self.config))
         windows_BL = training_batch(self.streams.train, self.config, self.step)
-        loss = self._loss(windows_BL)
-        torch.autograd.backward(loss)
+        loss = 0.0
+        rows = max(1, self.config.micro_batch_tokens // self.config.model.context_length)
+        for part_BL in torch.split(windows_BL, rows):
+            share_loss = self._loss(part_BL) * (len(part_BL) / len(windows_BL))
+            torch.autograd.backward(share_loss)
+            loss += share_loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise TrainingError(
-                f"step {self.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; the last checkpoint in "
-                f"{self.directory / 'checkpoints'} is intact. Resume from it with a lower learning rate"
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm.item()}; no checkpoint is touched. Lower "
+                f"--matrix-lr and --embedding-lr, and --resume if {self.directory / 'checkpoints'} holds one"
             )
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss.item()
+        return loss
 
     def _loss(self, windows_BL: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.autocast):
@@ -146,19 +151,26 @@ class Trainer:
             old.unlink()
 
     def restore(self, file: Path) -> None:
-        """Continues from a checkpoint of the same settings.
+        """Continues from a checkpoint of the same settings, but for those that are `CHANGEABLE`.
 
         Raises:
             ConfigError: the checkpoint was made with other settings; the message names them.
+            TrainingError: the file is damaged.
         """
-        state = torch.load(file, weights_only=True)
+        try:
+            state = torch.load(file, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise TrainingError(f"{file} is damaged ({error}); remove it to resume from the one before") from None
         ours, theirs = self.config.to_dict(), state["config"]
-        different = [key for key in ours if ours[key] != theirs.get(key)]
+        different = [key for key in ours if key not in CHANGEABLE and ours[key] != theirs.get(key)]
         if different:
             raise ConfigError(f"{file} was made with another {', '.join(different)}; give the same settings to resume")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            peaks = [group["base_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["base_lr"] = peak
         self.step = state["step"]
 
 
@@ -179,8 +191,8 @@ def train(
     """Trains a model on `paths` and exports it to `directory/final`; returns what osp.json says of the training.
 
     Raises:
-        TextError, DataError, ConfigError: see `data.prepare` and `Trainer.restore`; also when `directory` holds a
-            run already and `resume` is not set, or the other way round.
+        TextError, DataError, ConfigError, TrainingError: see `data.prepare` and `Trainer.restore`; ConfigError also
+            when `directory` holds a run already and `resume` is not set, or the other way round.
         TrainingError: the loss is no longer finite.
     """
     found = checkpoints(directory)
@@ -189,11 +201,11 @@ def train(
     if resume and not found:
         raise ConfigError(f"{directory} holds no checkpoint to resume from")
     directory.mkdir(parents=True, exist_ok=True)
-    streams = prepare(paths, directory / "data", config)
-    write_json(directory / "config.json", config.to_dict())
+    streams = prepare(paths, directory / "data", config, resume=resume)
     trainer = Trainer.start(config, directory, streams)
-    if found:
+    if resume:
         trainer.restore(found[-1])
+    write_json(directory / "config.json", config.to_dict())
     started = time.monotonic()
     trainer.run(quiet)
     return _export(trainer, time.monotonic() - started, dtype)

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from quant.text import TextError, read_documents
-from trainer.config import ConfigError, ModelConfig, TrainConfig, preset
+from trainer.config import ModelConfig, TrainConfig, preset
 from trainer.data import DataError, held_out_windows, prepare, split_documents, training_batch
 from trainer.tokenizer import END_OF_TEXT
 
@@ -41,11 +41,19 @@ def test_prepared_streams_decode_to_the_documents(corpus, tmp_path):
     assert len(held_out) == streams.held_out_documents >= 1
 
 
-def test_a_second_run_takes_the_prepared_streams(corpus, tmp_path):
-    first = prepare([corpus], tmp_path, preset("tiny"))
-    np.testing.assert_array_equal(prepare([tmp_path / "gone"], tmp_path, preset("tiny")).train, first.train)
-    with pytest.raises(ConfigError, match="vocabulary of 512"):
-        prepare([corpus], tmp_path, preset("demo"))
+def test_a_run_resumes_with_its_own_corpus_only(corpus, tmp_path):
+    first = prepare([corpus], tmp_path / "data", preset("tiny"))
+    again = prepare([corpus], tmp_path / "data", preset("tiny"), resume=True)
+    np.testing.assert_array_equal(again.train, first.train)
+    (tmp_path / "other.txt").write_text("One document more.", "utf-8")
+    with pytest.raises(DataError, match="another text"):
+        prepare([corpus, tmp_path / "other.txt"], tmp_path / "data", preset("tiny"), resume=True)
+
+
+def test_a_fresh_run_never_takes_what_another_left(corpus, tmp_path):
+    left = np.array(prepare([corpus], tmp_path / "data", preset("tiny")).train)
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": f"word {i} " * 99}) + "\n" for i in range(99)))
+    assert len(prepare([tmp_path / "new.jsonl"], tmp_path / "data", preset("tiny")).train) != len(left)
 
 
 def test_calibration_documents_are_training_documents(corpus, tmp_path):

@@ -54,6 +54,18 @@ def test_the_projections_start_orthogonal_and_only_osp_has_them():
     assert not any("projection" in name for name, _ in OSPModel(SHAPE, "adam").named_parameters())
 
 
+def test_both_recipes_start_from_the_same_numbers():
+    states = []
+    for recipe in ("osp", "adam"):
+        torch.manual_seed(3)
+        states.append(OSPModel(SHAPE, recipe).state_dict())
+    osp, adam = states
+    shared = [name for name in adam if "norm" not in name]
+    assert len(shared) == 2 + 7 * SHAPE.num_layers
+    for name in shared:
+        assert torch.equal(osp[name], adam[name]), name
+
+
 def test_a_token_never_sees_the_future():
     model = OSPModel(SHAPE, "osp")
     ids_BL = torch.randint(96, (1, 32))

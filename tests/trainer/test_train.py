@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,48 @@ def test_an_export_that_would_change_the_logits_is_refused(monkeypatch):
         export.assert_unchanged(model)
 
 
+def test_gradients_add_up_over_micro_batches(corpus, tmp_path):
+    streams = prepare([corpus], tmp_path / "data", TINY)
+    whole, parts = (
+        Trainer.start(replace(TINY, micro_batch_tokens=tokens), tmp_path, streams) for tokens in (1024, 192)
+    )
+    assert whole.train_step() == pytest.approx(parts.train_step(), rel=1e-5)
+    # Adam's first step is the gradient's sign, which rounding may turn; Muon's is smooth.
+    for one, other in zip(whole.model.layers.parameters(), parts.model.layers.parameters(), strict=True):
+        if one.ndim == 2:
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_a_lower_learning_rate_may_be_taken_up_on_resuming(corpus, tmp_path):
+    streams = prepare([corpus], tmp_path / "data", TINY)
+    first = Trainer.start(TINY, tmp_path, streams)
+    first.train_step()
+    first.save()
+    second = Trainer.start(replace(TINY, matrix_lr=1e-4), tmp_path, streams)
+    second.restore(checkpoints(tmp_path)[-1])
+    assert [group["base_lr"] for o in second.optimizers for group in o.param_groups] == [1e-4, 4e-3, 4e-3]
+    with pytest.raises(ConfigError, match="another seed"):
+        Trainer.start(replace(TINY, seed=9), tmp_path, streams).restore(checkpoints(tmp_path)[-1])
+
+
+def test_a_damaged_checkpoint_is_named(corpus, tmp_path):
+    trainer = Trainer.start(TINY, tmp_path, prepare([corpus], tmp_path / "data", TINY))
+    trainer.save()
+    (file,) = checkpoints(tmp_path)
+    for content in (file.read_bytes()[: file.stat().st_size // 2], b"", b"no checkpoint"):
+        file.write_bytes(content)
+        with pytest.raises(TrainingError, match=r"step-00000000\.pt is damaged"):
+            trainer.restore(file)
+
+
+def test_a_refused_resume_leaves_the_record_alone(finished, corpus):
+    directory, _ = finished
+    before = (directory / "config.json").read_text("utf-8")
+    with pytest.raises(ConfigError, match="another steps"):
+        train([corpus], directory, preset("tiny", steps=7), resume=True)
+    assert (directory / "config.json").read_text("utf-8") == before
+
+
 def test_a_run_is_not_started_over_another_nor_resumed_from_nothing(finished, corpus, tmp_path):
     directory, _ = finished
     with pytest.raises(ConfigError, match="--resume"):
@@ -125,6 +168,25 @@ def test_the_command_names_what_is_wrong_with_a_corpus(tmp_path, make, message):
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**70)], "--seed"),
+        (["--matrix-lr", "nan"], "matrix_lr must be a positive number"),
+        (["--matrix-lr", "-1"], "matrix_lr must be a positive number"),
+        (["--out", __file__], "File exists"),
+        (["--resume"], "no checkpoint to resume from"),
+    ],
+)
+def test_the_command_names_a_bad_argument(corpus, tmp_path, arguments, message):
+    base = ["--preset", "tiny", "--data", str(corpus), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(train_command, base + arguments)
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert message in result.output
 
 
 def _write(path, text):
