@@ -6,6 +6,8 @@ It needs numpy only. The letters in names are shapes: N rows (tokens), K reducti
     q   = clip(rint(x / scale), -8, 7)         round half to even, symmetric, zero maps to zero
     y   = float32(sum_k q_x[k] * q_w[k]) * (s_x * s_w)    an exact integer sum, then one multiply
 
+Both scales are bfloat16 numbers, one a tensor (`tensor_scale`), held as float32.
+
 The sum needs no scale inside, and |sum| <= 64 * K, so every float32 partial sum of the integers is exact
 while K <= 262,144. A BLAS, a tensor core with float32 accumulators and an int8 dot product give the same bits.
 """
@@ -47,8 +49,10 @@ def round_to_bfloat16(values: NDArray[np.float32] | np.float32) -> NDArray[np.fl
     return np.asarray(values, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def weight_scale(absmax: float, name: str = "weight") -> np.float32:
+def tensor_scale(absmax: float, name: str = "tensor") -> np.float32:
     """The scale that maps `absmax` to the code 7, made bfloat16-representable so that every runtime agrees on it.
+
+    Weights and calibrated inputs alike have such a scale.
 
     Args:
         absmax: clip bound, >= 0. Zero (a zero tensor) gives scale 1.
@@ -58,33 +62,24 @@ def weight_scale(absmax: float, name: str = "weight") -> np.float32:
         NonFiniteError: `absmax` is not finite.
         ValueError: `absmax` is negative.
     """
-    scale = _scale(absmax, name)
-    rounded = np.float32(round_to_bfloat16(scale))
+    require_finite(np.asarray(absmax, np.float64), name)
+    if absmax < 0:
+        raise ValueError(f"{name}: the clip bound must not be negative, got {absmax}")
+    if absmax == 0:
+        return np.float32(1.0)
+    rounded = np.float32(round_to_bfloat16(np.float32(absmax) / np.float32(Q_MAX)))
     # A denormal absmax rounds to a zero scale, and one near the float32 limit to infinity; keep it a usable divisor.
     return np.float32(np.clip(rounded, BFLOAT16_TINY, BFLOAT16_MAX))
 
 
-def activation_scale(absmax: float, name: str = "activation") -> np.float32:
-    """The static scale of an activation whose calibrated clip bound is `absmax`; errors as `weight_scale`."""
-    return np.float32(max(_scale(absmax, name), np.finfo(np.float32).tiny))
-
-
-def _scale(absmax: float, name: str) -> np.float32:
-    require_finite(np.asarray(absmax, np.float64), name)
-    if absmax < 0:
-        raise ValueError(f"{name}: the clip bound must not be negative, got {absmax}")
-    return np.float32(1.0) if absmax == 0 else np.float32(np.float32(absmax) / np.float32(Q_MAX))
-
-
 def quantize(values: NDArray[np.float32], scale: np.float32 | NDArray[np.float32]) -> NDArray[np.int8]:
-    """Codes `clip(rint(values / scale), -8, 7)`, same shape, int8. The division is IEEE float32, not a reciprocal."""
-    codes = np.rint(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
+    """Codes `clip(rint(values / scale), -8, 7)`, same shape, int8. The division is IEEE float32, not a reciprocal.
+
+    Infinities saturate. NaN has no code: `values` must hold none (`quantized_linear` says what becomes of one).
+    """
+    with np.errstate(over="ignore"):  # a quotient beyond float32 saturates as well
+        codes = np.rint(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
     return np.clip(codes, Q_MIN, Q_MAX).astype(np.int8)
-
-
-def dequantize(codes: NDArray[np.int8], scale: np.float32 | NDArray[np.float32]) -> NDArray[np.float32]:
-    """`codes * scale` in float32, same shape."""
-    return codes.astype(np.float32) * np.asarray(scale, np.float32)
 
 
 def pack(codes_MK: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -141,6 +136,13 @@ def integer_matmul(x_NK: NDArray[np.int8], w_MK: Codes) -> NDArray[np.int32]:
 def quantized_linear(
     x_NK: NDArray[np.float32], input_scale: np.float32, w_MK: Codes, w_scale: np.float32
 ) -> NDArray[np.float32]:
-    """A W4A4 linear layer: quantize the rows, sum integers, multiply once. float32 [N, K] -> float32 [N, M]."""
-    sums_NM = integer_matmul(quantize(x_NK, input_scale), w_MK)
-    return sums_NM.astype(np.float32) * (np.float32(input_scale) * np.float32(w_scale))
+    """A W4A4 linear layer: quantize the rows, sum integers, multiply once. float32 [N, K] -> float32 [N, M].
+
+    A row of `x_NK` that holds a NaN gives a row of NaN and leaves the others as they are.
+    """
+    nan_N1 = np.isnan(x_NK).any(axis=-1, keepdims=True)
+    if nan_N1.any():
+        x_NK = np.where(nan_N1, np.float32(0), x_NK)
+    sums_NM = integer_matmul(quantize(x_NK, input_scale), w_MK).astype(np.float32)
+    y_NM = sums_NM * (np.float32(input_scale) * np.float32(w_scale))
+    return np.where(nan_N1, np.float32(np.nan), y_NM) if nan_N1.any() else y_NM

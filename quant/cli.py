@@ -33,12 +33,8 @@ def quantize(
     Without --calibration a bundled English text is used. Without --eval the last fifth of the calibration text is
     held back to measure perplexity on.
     """
-    try:
-        from quant.convert import quantize_checkpoint
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "tqdm", "transformers"):
-            raise
-        raise click.ClickException(f"{error.name} is not installed: pip install 'osp-runtime[quant]'") from None
+    from quant.convert import quantize_checkpoint
+
     try:
         report = quantize_checkpoint(
             checkpoint, out, named(scheme), calibration=calibration, heldout=heldout, progress=not as_json

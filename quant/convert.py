@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,27 +59,28 @@ def quantize_checkpoint(
 
     Raises:
         FileExistsError: `out` exists and is not an empty directory.
+        OSError: `out` cannot be made.
         CheckpointError: `source` is not a usable full-precision checkpoint.
         TextError: a text cannot be read or is too short.
         NonFiniteError: a weight, an activation or a perplexity is NaN or infinite; the message names it.
     """
     source, out = Path(source), Path(out)
     _require_vacant(out)
-    checkpoint = read_checkpoint(source)
-    if checkpoint.scheme is not None:
-        raise CheckpointError(source, f"is quantized already ({checkpoint.precision}); start from full precision")
-    calibration_text, heldout_text = _read_texts(checkpoint, calibration, heldout)
-    context = checkpoint.config.max_position_embeddings
-    calibration_windows, heldout_windows = calibration_text.windows(context), heldout_text.windows(context)
+    with _appearing_whole(out) as partial:  # first, so that a place where nothing can be written costs no work
+        checkpoint = read_checkpoint(source)
+        if checkpoint.scheme is not None:
+            raise CheckpointError(source, f"is quantized already ({checkpoint.precision}); start from full precision")
+        calibration_text, heldout_text = _read_texts(checkpoint, calibration, heldout)
+        context = checkpoint.config.max_position_embeddings
+        calibration_windows, heldout_windows = calibration_text.windows(context), heldout_text.windows(context)
 
-    model = load_model(checkpoint)
-    inputs = calibrate(model, calibration_windows, progress=progress)
-    before = measure_perplexity(model, heldout_windows, progress=progress)
-    del model  # before the next one takes as much memory
+        model = load_model(checkpoint)
+        inputs = calibrate(model, calibration_windows, progress=progress)
+        before = measure_perplexity(model, heldout_windows, progress=progress)
+        del model  # before the next one takes as much memory
 
-    linears, sites = _round_linears(checkpoint, inputs)
-    report = _provenance(checkpoint, scheme, sites, calibration_text)
-    with _appearing_whole(out) as partial:
+        linears, sites = _round_linears(checkpoint, inputs)
+        report = _provenance(checkpoint, scheme, sites, calibration_text)
         for name in COPIED_FILES:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
@@ -165,13 +166,24 @@ def _require_vacant(out: Path) -> None:
 
 @contextmanager
 def _appearing_whole(out: Path) -> Iterator[Path]:
-    """A new directory beside `out` that takes its place on success and is removed on failure."""
-    out = out.resolve()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    """A new directory beside `out` that takes its place on success; on failure nothing remains, made parents neither.
+
+    Raises:
+        OSError: no directory can be made there.
+    """
+    resolved = out.resolve()
+    missing = [parent for parent in resolved.parents if not os.path.lexists(parent)]
+    partial = resolved.with_name(f".{resolved.name}.{os.getpid()}.partial")
     try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise OSError(f"{out} cannot be made: {error.strerror}") from error
         yield partial
-        partial.rename(out)
+        partial.rename(resolved)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:  # innermost first; one that holds something by now stays
+            with suppress(OSError):
+                parent.rmdir()
         raise

@@ -25,7 +25,9 @@ class Corpus:
 
     Attributes:
         source: the names of the files and directories read, or "bundled".
-        sha256: of the documents in UTF-8, one after the other; for a single .txt file, that of the file.
+        sha256: of the documents' text in UTF-8, one after the other, as it was read: with line feeds for line ends,
+            without documents of white space only, and whole where a limit has cut the last one. For a single .txt
+            file without carriage returns, that of the file.
         documents: token ids of each.
     """
 
@@ -64,7 +66,7 @@ def read_corpus(paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer, l
     """Reads and encodes text; no `paths` mean the bundled one.
 
     Args:
-        limit: reading stops with the document that reaches this many tokens.
+        limit: reading stops after this many tokens, through the middle of a document where need be.
 
     Raises:
         TextError: as `text.read_documents`.
@@ -72,8 +74,9 @@ def read_corpus(paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer, l
     digest, documents, tokens = hashlib.sha256(), [], 0
     for document in read_documents(paths or [BUNDLED_TEXT]):
         digest.update(document.encode())
-        documents.append(tokenizer.encode(document).ids)
+        ids = tokenizer.encode(document).ids
+        documents.append(ids if limit is None else ids[: limit - tokens])
         tokens += len(documents[-1])
-        if limit is not None and tokens >= limit:
+        if tokens == limit:
             break
     return Corpus([Path(path).name for path in paths] or "bundled", digest.hexdigest(), documents)

@@ -11,42 +11,55 @@ A linear layer `P` is one tensor `P.weight` (bfloat16, float16 or float32, [M, K
 
     P.weight_packed  uint8   [M, ceil(K / 2)]   two codes a byte, low nibble first (`arithmetic.pack`)
     P.weight_scale   float32 [1]                bfloat16-representable
-    P.input_scale    float32 [1]
+    P.input_scale    float32 [1]                bfloat16-representable
 
-Loading is strict: every tensor is consumed and every parameter is set, or `CheckpointError` names what is wrong.
+Loading is strict: every tensor is consumed and every parameter is set, or `CheckpointError` names what is wrong. Two
+kinds of tensors repeat what is known and are dropped, as in transformers: `*.rotary_emb.inv_freq`, which files of
+Llama 1 and 2 hold, and the `lm_head.weight` of a tied model, if it is the embedding bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
 from quant import arithmetic
+from quant.files import read_json, sha256, write_json
 from quant.llama import CheckpointError, LlamaConfig
 from quant.scheme import Scheme, SchemeError
+from quant.tensors import FLOAT_DTYPES, INDEX_FILE, QUANTIZED_WEIGHTS_FILE, WEIGHTS_FILE, Tensor, read_tensors
+from quant.tokenizer import check_tokenizer, read_tokenizer
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_FILE",
+    "QUANTIZED_WEIGHTS_FILE",
+    "WEIGHTS_FILE",
+    "Checkpoint",
+    "QuantizedLinear",
+    "Tensor",
+    "check_tokenizer",
+    "read_checkpoint",
+    "read_config",
+    "read_provenance",
+    "read_tokenizer",
+    "sha256",
+    "write_json",
+    "write_quantized",
+]
 
 FORMAT_VERSION = 1
-WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_FILE = "tokenizer.json"
-INDEX_FILE = "model.safetensors.index.json"
-# transformers ignores a quant_method that it does not know and would fill in random weights: it must find no file.
-QUANTIZED_WEIGHTS_FILE = "osp.safetensors"
-FLOAT_DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
-
-Tensor = NDArray[Any]
+ROTARY_BUFFER = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +128,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     scheme = _read_scheme(root, quantization)
     provenance = read_provenance(root)
     check_tokenizer(root, config, provenance)
-    tensors = dict(iterate_tensors(root))
+    tensors = {name: tensor for name, tensor in read_tensors(root).items() if not name.endswith(ROTARY_BUFFER)}
     floats = {name: _take(tensors, root, name, shape, FLOAT_DTYPES) for name, shape in config.float_shapes().items()}
     linears = {
         name: _take_linear(tensors, root, name, shape, quantized=scheme is not None)
         for name, shape in config.linear_shapes().items()
     }
+    if config.tie_word_embeddings:
+        _drop_tied_head(tensors, root, floats["model.embed_tokens.weight"])
     if tensors:
         raise CheckpointError(
             root, f"unexpected tensors: {_listed(tensors)}; {config.describe()} has no such parameters"
@@ -130,70 +145,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def read_config(root: Path) -> tuple[LlamaConfig, dict[str, Any] | None]:
     """The model's shape and the `quantization_config` of config.json (None where there is none)."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise CheckpointError(root, "no such directory; a checkpoint is a directory with config.json in it")
-    config_json = _read_json(root, "config.json", "this is not a checkpoint directory")
+    config_json = read_json(root, "config.json", "this is not a checkpoint directory")
     quantization = config_json.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
-        raise CheckpointError(root, f"config.json: quantization_config must be an object, is {quantization!r}")
+        raise CheckpointError(root, f"config.json: quantization_config must be an object, is {shortened(quantization)}")
     return LlamaConfig.from_json(root, config_json), quantization
 
 
 def read_provenance(root: Path) -> dict[str, Any]:
     """The content of osp.json; {} where the checkpoint has none."""
-    return _read_json(root, "osp.json", "") if (root / "osp.json").exists() else {}
-
-
-def iterate_tensors(root: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, array) of the checkpoint's safetensors files, one at a time, in file order."""
-    for file in _weight_files(root):
-        try:
-            with safe_open(file, "numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                root, f"{file.name} cannot be read ({error}); the file is truncated or damaged"
-            ) from error
-
-
-def read_tokenizer(root: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, which encodes text whole and as text.
-
-    Truncation and padding, which tokenizer.json may ask for, are off. A special token that is typed in a text is
-    characters, not control; those that the post-processor adds (a beginning-of-sequence token) are still added.
-
-    Raises:
-        CheckpointError: tokenizer.json is missing or cannot be read.
-    """
-    try:
-        tokenizer = Tokenizer.from_str((root / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        mend = "copy the tokenizer that the model was trained with there"
-        raise CheckpointError(root, f"{TOKENIZER_FILE} is missing; {mend}") from None
-    except Exception as error:  # noqa: BLE001 - the library raises no narrower type
-        raise CheckpointError(root, f"{TOKENIZER_FILE} cannot be read: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def check_tokenizer(root: Path, config: LlamaConfig, provenance: Mapping[str, Any]) -> None:
-    """Raises `CheckpointError` unless tokenizer.json is the one recorded and its ids fit the embedding."""
-    vocabulary = read_tokenizer(root).get_vocab(with_added_tokens=True)
-    recorded, actual = provenance.get("tokenizer_sha256"), sha256(root / TOKENIZER_FILE)
-    if recorded is not None and recorded != actual:
-        raise CheckpointError(
-            root,
-            f"{TOKENIZER_FILE} is not the one this model was made with: its SHA-256 is {actual[:12]}…, "
-            f"osp.json records {str(recorded)[:12]}…",
-        )
-    highest = max(vocabulary.values(), default=-1)
-    if not 0 <= highest < config.vocab_size:
-        raise CheckpointError(
-            root, f"{TOKENIZER_FILE} has ids up to {highest}, but the model's vocabulary is {config.vocab_size}"
-        )
+    return read_json(root, "osp.json", "") if os.path.lexists(root / "osp.json") else {}
 
 
 def write_quantized(
@@ -231,57 +194,20 @@ def write_quantized(
     shutil.copymode(root / "config.json", root / QUANTIZED_WEIGHTS_FILE)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented, with a final newline, as people read it."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    """The hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_scheme(root: Path, quantization: dict[str, Any] | None) -> Scheme | None:
     if quantization is None:
         return None
     method, version = quantization.get("quant_method"), quantization.get("format_version")
     if method != "osp":
-        raise CheckpointError(root, f"quantized by {method!r}; this reader knows 'osp' and full precision")
+        raise CheckpointError(root, f"quantized by {shortened(method)}; this reader knows 'osp' and full precision")
     if version != FORMAT_VERSION:
-        raise CheckpointError(root, f"4-bit format version {version!r}; this reader knows version {FORMAT_VERSION}")
+        raise CheckpointError(
+            root, f"4-bit format version {shortened(version)}; this reader knows version {FORMAT_VERSION}"
+        )
     try:
         return Scheme.from_dict(quantization.get("scheme", {}))
     except SchemeError as error:
         raise CheckpointError(root, str(error)) from None
-
-
-def _read_json(root: Path, name: str, if_missing: str) -> dict[str, Any]:
-    try:
-        content = json.loads((root / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(root, f"{name} is missing; {if_missing}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(root, f"{name} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(root, f"{name} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _weight_files(root: Path) -> list[Path]:
-    for name in (QUANTIZED_WEIGHTS_FILE, WEIGHTS_FILE):  # one file goes before shards, as in transformers
-        if (root / name).exists():
-            return [root / name]
-    if not (root / INDEX_FILE).exists():
-        raise CheckpointError(root, f"{WEIGHTS_FILE} is missing (as are {INDEX_FILE} and {QUANTIZED_WEIGHTS_FILE})")
-    weight_map = _read_json(root, INDEX_FILE, "").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(root, f"{INDEX_FILE} names no shards")
-    files = [root / name for name in dict.fromkeys(weight_map.values())]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise CheckpointError(root, f"{INDEX_FILE} names shards that are missing: {', '.join(missing)}")
-    return files
 
 
 def _take(
@@ -321,11 +247,24 @@ def _take_linear(
     for kind, scale in scales.items():
         if scale <= 0:
             raise CheckpointError(root, f"tensor {name}.{kind} must be positive, is {scale}")
-    if arithmetic.round_to_bfloat16(scales["weight_scale"]) != scales["weight_scale"]:
-        raise CheckpointError(root, f"tensor {name}.weight_scale is not a bfloat16 number: {scales['weight_scale']}")
+        if arithmetic.round_to_bfloat16(scale) != scale:
+            raise CheckpointError(root, f"tensor {name}.{kind} is not a bfloat16 number: {scale}")
     if columns % 2 and (packed[:, -1] >> 4).any():
         raise CheckpointError(root, f"tensor {name}.weight_packed has an odd row whose padding nibble is not zero")
     return QuantizedLinear(packed, columns, scales["weight_scale"], scales["input_scale"])
+
+
+def _drop_tied_head(tensors: dict[str, Tensor], root: Path, embedding_VD: Tensor) -> None:
+    head_VD = tensors.pop("lm_head.weight", None)
+    if head_VD is None:
+        return
+    same_kind = (head_VD.dtype, head_VD.shape) == (embedding_VD.dtype, embedding_VD.shape)
+    if not same_kind or not np.array_equal(head_VD.view(np.uint8), embedding_VD.view(np.uint8)):
+        raise CheckpointError(
+            root,
+            "config.json ties lm_head.weight to model.embed_tokens.weight, but the two differ; "
+            "set tie_word_embeddings to false if the head is the model's own",
+        )
 
 
 def _listed(names: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ class Histogram:
         magnitude clips away more than it keeps, so that no finer step can win. Between the two, every one is tried:
         a heavy tail wants a bound far below the absmax, and the error has many local minima where values are few.
         """
-        unclipped = arithmetic.weight_scale(self.absmax, name)
+        unclipped = arithmetic.tensor_scale(self.absmax, name)
         if self.absmax == 0:
             return ScaleChoice(unclipped, 1.0, 0.0)
         filled = np.flatnonzero(self.counts)
@@ -74,7 +74,7 @@ class Histogram:
         shares = self.counts[filled] / self.total
 
         mean_magnitude = float(shares @ np.abs(values).astype(np.float64))
-        lowest = min(arithmetic.weight_scale(mean_magnitude / 2, name), unclipped)
+        lowest = min(arithmetic.tensor_scale(mean_magnitude / 2, name), unclipped)
         scales = _bfloat16_between(lowest, unclipped)
         errors = [_mean_squared_error(values, shares, scale) for scale in scales]
         best = len(errors) - 1 - int(np.argmin(errors[::-1]))  # of equals the widest, which clips least

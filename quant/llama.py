@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 BLOCK_LINEARS = (
@@ -18,6 +19,10 @@ BLOCK_LINEARS = (
     "mlp.down_proj",
 )
 """The linear layers of a transformer block, in the order in which a step runs them."""
+
+
+LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 2**14
+"""A config.json may state any number; beyond these, it is not the size of a model but a way to exhaust memory."""
 
 
 class CheckpointError(ValueError):
@@ -56,29 +61,31 @@ class LlamaConfig:
             return CheckpointError(root, f"config.json: {problem}")
 
         if config.get("model_type") != "llama":
-            raise refuse(f"model_type is {config.get('model_type')!r}; only 'llama' is supported")
+            raise refuse(f"model_type is {shortened(config.get('model_type'))}; only 'llama' is supported")
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
                 raise refuse(f"{key} is set; linear layers with a bias are not supported")
         if config.get("hidden_act", "silu") != "silu":
-            raise refuse(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
+            raise refuse(f"hidden_act is {shortened(config['hidden_act'])}; only 'silu' is supported")
         # transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
-            raise refuse(f"rope_parameters must be an object, is {rope!r}")
+            raise refuse(f"rope_parameters must be an object, is {shortened(rope)}")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
-            raise refuse(f"rope scaling of type {rope_type!r} is not supported")
+            raise refuse(f"rope scaling of type {shortened(rope_type)} is not supported")
 
-        def size(key: str, default: int | None = None) -> int:
+        def size(key: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
             value = config.get(key) if config.get(key) is not None else default
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise refuse(f"{key} must be a positive whole number, is {value!r}")
+                raise refuse(f"{key} must be a positive whole number, is {shortened(value)}")
+            if value > most:
+                raise refuse(f"{key} must be at most {most}, is {shortened(value)}")
             return value
 
         def number(key: str, value: Any) -> float:
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise refuse(f"{key} must be a positive number, is {value!r}")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+                raise refuse(f"{key} must be a positive number, is {shortened(value)}")
             return float(value)
 
         heads, width = size("num_attention_heads"), size("hidden_size")
@@ -86,7 +93,7 @@ class LlamaConfig:
             vocab_size=size("vocab_size"),
             hidden_size=width,
             intermediate_size=size("intermediate_size"),
-            num_hidden_layers=size("num_hidden_layers"),
+            num_hidden_layers=size("num_hidden_layers", most=MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=size("num_key_value_heads", heads),
             head_dim=size("head_dim", width // heads),

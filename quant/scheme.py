@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from reprlib import repr as shortened
 from typing import Any
 
 
@@ -43,9 +44,10 @@ class Scheme:
             scheme = cls(**fields)
         except TypeError as error:
             raise SchemeError(f"not a quantization scheme: {error}") from None
-        if scheme != named(scheme.name):
-            raise SchemeError(f"scheme {scheme.name!r} with {fields} is not one this version can run")
-        return scheme
+        known = named(scheme.name)
+        if scheme != known:
+            raise SchemeError(f"scheme {known.name!r} with {shortened(fields)} is not one this version can run")
+        return known
 
 
 SCHEMES = {
@@ -63,12 +65,12 @@ SCHEMES = {
 }
 
 
-def named(name: str) -> Scheme:
+def named(name: object) -> Scheme:
     """The scheme called `name`.
 
     Raises:
         SchemeError: there is none; the message lists those there are.
     """
-    if name not in SCHEMES:
-        raise SchemeError(f"unknown scheme {name!r}; known: {', '.join(sorted(SCHEMES))}")
+    if not isinstance(name, str) or name not in SCHEMES:  # a file may hold anything
+        raise SchemeError(f"unknown scheme {shortened(name)}; known: {', '.join(sorted(SCHEMES))}")
     return SCHEMES[name]

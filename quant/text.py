@@ -50,6 +50,13 @@ def windows(documents: Iterable[list[int]], context_length: int) -> Iterator[lis
 
 
 def _files(path: Path) -> list[Path]:
+    try:
+        return _found(path)
+    except OSError as error:  # a name too long, a directory on the way that may not be entered
+        raise TextError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _found(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
         if not files:
@@ -59,6 +66,8 @@ def _files(path: Path) -> list[Path]:
         raise TextError(f"{path}: no such file or directory")
     if path.suffix not in SUFFIXES:
         raise TextError(f"{path}: not a text file this program reads ({', '.join(SUFFIXES)})")
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise TextError(f"{path}: not a file")
     return [path]
 
 
@@ -82,6 +91,8 @@ def _text_of(line: str, where: str) -> str:
         record = json.loads(line)
     except ValueError as error:
         raise TextError(f"{where}: not a JSON object ({error})") from None
+    except RecursionError:
+        raise TextError(f"{where}: not a JSON object this program reads (nested too deeply)") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise TextError(f'{where}: no "text" field that holds a string')

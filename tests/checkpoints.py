@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quant import arithmetic
-from quant.format import QuantizedLinear, sha256, write_json, write_quantized
-from quant.llama import LlamaConfig
+from quant.format import QuantizedLinear, read_checkpoint, sha256, write_json, write_quantized
+from quant.llama import CheckpointError, LlamaConfig
 from quant.scheme import named
 
 BASE = {
@@ -95,9 +96,9 @@ def write_4bit(
     linears = {}
     for i, (name, (_, columns)) in enumerate(config.linear_shapes().items()):
         weight_MK = weights.pop(f"{name}.weight")
-        scale = arithmetic.weight_scale(float(np.abs(weight_MK).max()))
+        scale = arithmetic.tensor_scale(float(np.abs(weight_MK).max()))
         packed = arithmetic.pack(arithmetic.quantize(weight_MK, scale))
-        linears[name] = QuantizedLinear(packed, columns, scale, arithmetic.activation_scale(1.5 + 0.1 * i))
+        linears[name] = QuantizedLinear(packed, columns, scale, arithmetic.tensor_scale(1.5 + 0.1 * i))
     write_tokenizer(root, config.vocab_size)
     provenance = {
         "tokenizer_sha256": sha256(root / "tokenizer.json"),
@@ -114,3 +115,11 @@ def write_served(root: Path) -> Path:
     """The W4A4 checkpoint that server tests serve: byte-level tokens, an end token, a context of `SERVED_CONTEXT`."""
     shape = {"vocab_size": 320, "max_position_embeddings": SERVED_CONTEXT, "num_hidden_layers": 1, "eos_token_id": 0}
     return write_4bit(root, write_tokenizer=write_byte_level_tokenizer, **shape)
+
+
+def refusal(path: Path) -> str:
+    """With what words `read_checkpoint` refuses a directory."""
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)

@@ -23,11 +23,17 @@ from numpy.typing import NDArray
 
 from quant import arithmetic
 from quant.format import Checkpoint, QuantizedLinear, Tensor
-from quant.llama import BLOCK_LINEARS, LlamaConfig
+from quant.llama import BLOCK_LINEARS, CheckpointError, LlamaConfig
 from runtime.engine.base import EngineInfo, SequenceSlice
 
 KV_CACHE_CONTEXTS, KV_CACHE_BYTES = 32, 2**30
 """By default the cache holds so many full contexts, or as many as fit into so many bytes, and at least one."""
+
+KV_CACHE_MOST_BYTES = 2**35
+"""A context whose keys and values take more than this is refused."""
+
+ROTARY_STEP = 1024
+"""The rotary table grows by a multiple of so many positions: a long context costs nothing before it is used."""
 
 Floats = NDArray[np.float32]
 RowFunction = Callable[[Floats], Floats]
@@ -42,7 +48,11 @@ class ReferenceRunner:
     """
 
     def __init__(self, checkpoint: Checkpoint, num_blocks: int | None = None, block_size: int = 16) -> None:
-        """`num_blocks` KV blocks of `block_size` positions; how many by default: see `KV_CACHE_CONTEXTS`."""
+        """`num_blocks` KV blocks of `block_size` positions; how many by default: see `KV_CACHE_CONTEXTS`.
+
+        Raises:
+            CheckpointError: there is not memory enough for the KV cache of one context.
+        """
         config = checkpoint.config
         self._info = EngineInfo("reference", checkpoint.precision, config.max_position_embeddings, config.vocab_size)
         self._embedding_VD = _widen(checkpoint.floats["model.embed_tokens.weight"])
@@ -51,8 +61,11 @@ class ReferenceRunner:
         self._blocks = [_Block(checkpoint, f"model.layers.{i}") for i in range(config.num_hidden_layers)]
         self._rotary = _Rotary(config)
         if num_blocks is None:
-            num_blocks = _default_num_blocks(config, block_size)
-        self._cache = _PagedCache(config, num_blocks, block_size)
+            num_blocks = _default_num_blocks(checkpoint, block_size)
+        try:
+            self._cache = _PagedCache(config, num_blocks, block_size)
+        except (MemoryError, ValueError):  # numpy raises ValueError for what no machine could address
+            raise _too_long(checkpoint, num_blocks * block_size) from None
 
     @property
     def info(self) -> EngineInfo:
@@ -135,16 +148,25 @@ class _Rotary:
     def __init__(self, config: LlamaConfig) -> None:
         exponents = np.arange(0, config.head_dim, 2) / config.head_dim
         # Frequency and angle are rounded to float32 as in training; cosine and sine are float64's, rounded once.
-        frequencies = (config.rope_theta**-exponents).astype(np.float32)
-        angles = np.arange(config.max_position_embeddings, dtype=np.float32)[:, None, None] * frequencies
-        self._cos_P1C = np.cos(angles.astype(np.float64)).astype(np.float32)  # C here is half a head
-        self._sin_P1C = np.sin(angles.astype(np.float64)).astype(np.float32)
+        self._frequencies = (config.rope_theta**-exponents).astype(np.float32)
+        self._cos_P1C, self._sin_P1C = self._table(0, 0)  # C here is half a head
 
     def __call__(self, x_LHC: Floats, start: int) -> Floats:
         """Turns rows that stand at positions start, start+1, …"""
-        cos, sin = (table[start : start + len(x_LHC)] for table in (self._cos_P1C, self._sin_P1C))
+        end = start + len(x_LHC)
+        known = len(self._cos_P1C)
+        if end > known:
+            # In whole steps, so that a position's bits do not depend on when the table came to hold it.
+            cos, sin = self._table(known, -(-end // ROTARY_STEP) * ROTARY_STEP)
+            self._cos_P1C, self._sin_P1C = np.concatenate([self._cos_P1C, cos]), np.concatenate([self._sin_P1C, sin])
+        cos, sin = self._cos_P1C[start:end], self._sin_P1C[start:end]
         first, second = np.split(x_LHC, 2, axis=-1)
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    def _table(self, start: int, end: int) -> tuple[Floats, Floats]:
+        positions = np.arange(start, end).astype(np.float32)
+        angles = (positions[:, None, None] * self._frequencies).astype(np.float64)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 class _PagedCache:
@@ -191,8 +213,10 @@ def _linear(weight: Tensor | QuantizedLinear) -> RowFunction:
 
 def _dot_rows(x_NK: Floats, w_MK: Floats) -> Floats:
     """`x_NK @ w_MK.T`, each output summed in one order whatever N is; without `optimize` einsum calls no BLAS."""
-    y_NM: Floats = np.einsum("nk,mk->nm", x_NK, w_MK, order="C")
-    return y_NM
+    # einsum sums a single output (N = M = 1) in another order than one of several: the row is computed twice.
+    rows_NK = np.repeat(x_NK, 2, axis=0) if len(x_NK) == len(w_MK) == 1 else x_NK
+    y_NM: Floats = np.einsum("nk,mk->nm", rows_NK, w_MK, order="C")
+    return y_NM[: len(x_NK)]
 
 
 def _silu(x: Floats) -> Floats:
@@ -205,8 +229,22 @@ def _widen(weight: Tensor) -> Floats:
     return np.ascontiguousarray(weight, np.float32)
 
 
-def _default_num_blocks(config: LlamaConfig, block_size: int) -> int:
-    blocks_per_context = -(-config.max_position_embeddings // block_size)
-    floats_per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    within_bytes = KV_CACHE_BYTES // (4 * floats_per_position * block_size)
-    return max(blocks_per_context, min(KV_CACHE_CONTEXTS * blocks_per_context, within_bytes))
+def _default_num_blocks(checkpoint: Checkpoint, block_size: int) -> int:
+    blocks_per_context = -(-checkpoint.config.max_position_embeddings // block_size)
+    bytes_per_block = _bytes_per_position(checkpoint.config) * block_size
+    if blocks_per_context * bytes_per_block > KV_CACHE_MOST_BYTES:
+        raise _too_long(checkpoint, blocks_per_context * block_size)
+    return max(blocks_per_context, min(KV_CACHE_CONTEXTS * blocks_per_context, KV_CACHE_BYTES // bytes_per_block))
+
+
+def _bytes_per_position(config: LlamaConfig) -> int:
+    return 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def _too_long(checkpoint: Checkpoint, positions: int) -> CheckpointError:
+    gibibytes = positions * _bytes_per_position(checkpoint.config) / 2**30
+    return CheckpointError(
+        checkpoint.path,
+        f"a KV cache for {positions} positions takes {gibibytes:.1f} GiB, more than there is; "
+        "lower max_position_embeddings in config.json",
+    )

@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+TEXT = "The quick brown fox jumps over the lazy dog. " * 8
+
 MakeCheckpoint = Callable[..., Path]
 
 SHAPE: dict[str, Any] = {
@@ -78,3 +80,10 @@ def edit_config() -> Callable[..., None]:
 @pytest.fixture
 def tokenizer() -> Tokenizer:
     return byte_tokenizer()
+
+
+@pytest.fixture
+def text_path(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file

@@ -81,8 +81,8 @@ def test_quantize_divides_rather_than_multiplying_by_the_reciprocal():
 @example(0.0)
 @example(1e-45)
 @example(3.4028234663852886e38)
-def test_weight_scale_is_a_bfloat16_number(absmax):
-    scale = arithmetic.weight_scale(absmax)
+def test_a_scale_is_a_bfloat16_number(absmax):
+    scale = arithmetic.tensor_scale(absmax)
     assert np.isfinite(scale)
     assert scale > 0
     assert np.float32(ml_dtypes.bfloat16(scale)) == scale
@@ -92,21 +92,15 @@ def test_weight_scale_is_a_bfloat16_number(absmax):
         assert scale == 1
 
 
-@given(POSITIVE)
-def test_activation_scale_is_one_seventh(absmax):
-    assert arithmetic.activation_scale(absmax) == max(np.float32(absmax) / np.float32(7), np.finfo(np.float32).tiny)
-
-
 @pytest.mark.parametrize("absmax", [np.nan, np.inf])
-@pytest.mark.parametrize("scale_of", [arithmetic.weight_scale, arithmetic.activation_scale])
-def test_a_bound_that_is_not_finite_is_refused_by_name(scale_of, absmax):
+def test_a_bound_that_is_not_finite_is_refused_by_name(absmax):
     with pytest.raises(arithmetic.NonFiniteError, match=r"layers\.0"):
-        scale_of(absmax, "layers.0")
+        arithmetic.tensor_scale(absmax, "layers.0")
 
 
 def test_a_negative_bound_is_refused():
     with pytest.raises(ValueError, match="must not be negative"):
-        arithmetic.weight_scale(-1.0)
+        arithmetic.tensor_scale(-1.0)
 
 
 def test_require_finite_names_tensor_and_place():
@@ -139,3 +133,26 @@ def test_quantized_linear_is_one_rounding_of_the_float64_product(x_NK, input_sca
     sums = arithmetic.quantize(x_NK, np.float32(input_scale)).astype(np.float64) @ codes_MK.T.astype(np.float64)
     wanted = (sums * np.float64(np.float32(input_scale) * np.float32(weight_scale))).astype(np.float32)
     np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_nan_spoils_its_own_row_and_no_other():
+    random = np.random.default_rng(0)
+    codes_MK, scale = random.integers(-8, 8, (5, 30)).astype(np.int8), np.float32(0.25)
+    sound_NK = random.normal(size=(7, 30)).astype(np.float32)
+    for value, like in ((np.nan, None), (np.inf, 7), (-np.inf, -8), (3e38, 7)):
+        x_NK = sound_NK.copy()
+        x_NK[3, 11] = value
+        y_NM = arithmetic.quantized_linear(x_NK, scale, codes_MK, np.float32(2.0**-5))
+        codes_NK = arithmetic.quantize(sound_NK, scale).astype(np.int64)
+        codes_NK[3, 11] = like or 0
+        wanted_NM = (codes_NK @ codes_MK.astype(np.int64).T * 2.0**-7).astype(np.float32)
+        if like is None:
+            wanted_NM[3] = np.nan
+        np.testing.assert_array_equal(y_NM, wanted_NM)
+        assert y_NM.dtype == np.float32
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_quotient_beyond_float32_saturates():
+    np.testing.assert_array_equal(arithmetic.quantize(np.array([3e38, -3e38]), np.float32(2.0**-126)), [7, -8])

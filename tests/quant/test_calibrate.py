@@ -47,7 +47,7 @@ def test_every_layer_gets_the_range_of_its_input(checkpoint_path, model):
         def squared_error(scale, x_ND=x_ND):
             return np.square(x_ND - arithmetic.quantize(x_ND, scale) * scale).mean(dtype=np.float64)
 
-        best = min(squared_error(arithmetic.activation_scale(seen.absmax * r)) for r in np.geomspace(0.01, 1, 600))
+        best = min(squared_error(arithmetic.tensor_scale(seen.absmax * r)) for r in np.geomspace(0.01, 1, 600))
         assert squared_error(seen.scale) <= best * 1.02
         assert seen.mse == pytest.approx(squared_error(seen.scale), rel=0.02)
         assert seen.clip_ratio == pytest.approx(7 * float(seen.scale) / seen.absmax)

@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from checkpoints import refusal
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from quant import arithmetic
-from quant.format import QuantizedLinear, read_checkpoint, read_tokenizer, sha256, write_json, write_quantized
-from quant.llama import CheckpointError
+from quant.format import QuantizedLinear, read_checkpoint, read_tokenizer, sha256, write_quantized
 from quant.scheme import SchemeError, named
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -30,8 +30,8 @@ def quantized_tensors(path):
         name: QuantizedLinear(
             arithmetic.pack(random.integers(-8, 8, shape).astype(np.int8)),
             shape[1],
-            arithmetic.weight_scale(random.uniform(0.1, 9)),
-            arithmetic.activation_scale(random.uniform(0.1, 9)),
+            arithmetic.tensor_scale(random.uniform(0.1, 9)),
+            arithmetic.tensor_scale(random.uniform(0.1, 9)),
         )
         for name, shape in source.config.linear_shapes().items()
     }
@@ -56,13 +56,6 @@ def rewrite(path, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
-
-
-def refusal(path):
-    with pytest.raises(CheckpointError) as caught:
-        read_checkpoint(path)
-    assert str(path) in str(caught.value)
-    return str(caught.value)
 
 
 def same_bits(a, b):
@@ -97,19 +90,32 @@ def test_full_precision_is_read_as_stored(make_checkpoint, dtype, tied):
     assert ("lm_head.weight" in read.floats) is not tied
 
 
-def test_shards_are_read_through_the_index(make_checkpoint):
-    whole, shards = read_checkpoint(make_checkpoint()), read_checkpoint(make_checkpoint("shards", max_shard_size="8KB"))
-    assert len(list(shards.path.glob("*.safetensors"))) > 1
-    assert all(same_bits(shards.linears[name], whole.linears[name]) for name in whole.linears)
+def test_rotary_buffers_are_dropped(checkpoint_path):
+    wanted = read_checkpoint(checkpoint_path)
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        rewrite(checkpoint_path, put(name, np.ones(3, np.float32)))
+    read = read_checkpoint(checkpoint_path)
+    assert read.floats.keys() == wanted.floats.keys()
+    assert read.linears.keys() == wanted.linears.keys()
 
 
-def test_a_missing_shard_is_named(make_checkpoint):
-    path = make_checkpoint(max_shard_size="8KB")
-    shard = sorted(path.glob("*.safetensors"))[1]
-    shard.unlink()
-    assert shard.name in refusal(path)
-    write_json(path / "model.safetensors.index.json", {"weight_map": {}})
-    assert "names no shards" in refusal(path)
+def test_the_head_of_a_tied_model_may_repeat_the_embedding(make_checkpoint):
+    path = make_checkpoint(tie_word_embeddings=True)
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    assert "lm_head.weight" not in read_checkpoint(path).floats
+
+    def flip(tensors):
+        head = tensors["lm_head.weight"].copy()
+        head.view(np.uint16)[-1, -1] ^= 1  # the last bit of the last number
+        tensors["lm_head.weight"] = head
+
+    rewrite(path, flip)
+    assert "the two differ" in refusal(path)
+    embedding = read_checkpoint(make_checkpoint("other", tie_word_embeddings=True)).head
+    for other in (embedding.astype(np.float32), embedding[:-1], np.float32(1)):
+        rewrite(path, put("lm_head.weight", np.asarray(other)))
+        assert "the two differ" in refusal(path)
 
 
 def test_a_parameter_too_large_for_bfloat16_is_refused(checkpoint_path, tmp_path):
@@ -162,6 +168,7 @@ SPOILED = [
     (put(f"{LAYER}.weight_scale", np.ones(2, np.float32)), f"{LAYER}.weight_scale is float32 [2]"),
     (put(f"{LAYER}.weight_scale", np.zeros(1, np.float32)), f"{LAYER}.weight_scale must be positive, is 0.0"),
     (put(f"{LAYER}.weight_scale", np.array([0.1], np.float32)), f"{LAYER}.weight_scale is not a bfloat16 number"),
+    (put(f"{LAYER}.input_scale", np.array([0.1], np.float32)), f"{LAYER}.input_scale is not a bfloat16 number"),
     (put(f"{LAYER}.input_scale", -np.ones(1, np.float32)), f"{LAYER}.input_scale must be positive, is -1.0"),
     (put(f"{LAYER}.input_scale", np.full(1, np.nan, np.float32)), f"{LAYER}.input_scale: 1 of 1 values are NaN"),
     (spoil("model.norm.weight", np.inf), "model.norm.weight: 1 of 24 values are NaN or infinite"),
@@ -216,6 +223,22 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     assert "must hold a JSON object" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "osp.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, '{"a":' * 40 + "1" + "}" * 40, "null"])
+def test_json_that_python_cannot_hold_is_refused(make_checkpoint, name, content):
+    path = make_checkpoint(max_shard_size="8KB")
+    (path / name).write_text(content)
+    assert f"{name} " in refusal(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda file: os.symlink("nowhere", file)])
+@pytest.mark.parametrize("name", ["config.json", "osp.json", "tokenizer.json", "model.safetensors"])
+def test_what_is_no_file_is_refused(checkpoint_path, name, make):
+    (checkpoint_path / name).unlink(missing_ok=True)
+    make(checkpoint_path / name)
+    assert f"{name} cannot be read: it is not a file" in refusal(checkpoint_path)
+
+
 def test_weights_must_be_there(packed_path):
     (packed_path / "osp.safetensors").unlink()
     assert "model.safetensors is missing" in refusal(packed_path)
@@ -241,12 +264,6 @@ def test_a_damaged_tokenizer_is_refused(checkpoint_path, content):
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
 def test_a_tokenizer_that_may_not_be_read_is_refused(checkpoint_path):
     (checkpoint_path / "tokenizer.json").chmod(0)
-    assert "tokenizer.json cannot be read" in refusal(checkpoint_path)
-
-
-def test_a_tokenizer_that_is_a_directory_is_refused(checkpoint_path):
-    (checkpoint_path / "tokenizer.json").unlink()
-    (checkpoint_path / "tokenizer.json").mkdir()
     assert "tokenizer.json cannot be read" in refusal(checkpoint_path)
 
 
@@ -288,6 +305,13 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(make_checkpoint):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
         ({"hidden_size": 0}, "hidden_size must be a positive whole number, is 0"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be at most 16384"),
+        ({"hidden_size": 10**400}, "hidden_size must be at most 2147483647"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings must be at most 2147483647"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta must be a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+        ({"model_type": "x" * 9999}, "only 'llama' is supported"),
         ({"rope_parameters": ["default"]}, "rope_parameters must be an object"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a positive number, is 'big'"),
         ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, is None"),
@@ -296,7 +320,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(make_checkpoint):
         ({"head_dim": 5}, "head_dim must be even"),
         ({"num_hidden_layers": 1}, "unexpected tensors: model.layers.1"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
-        ({"tie_word_embeddings": True}, "unexpected tensors: lm_head.weight"),
+        ({"tie_word_embeddings": True}, "ties lm_head.weight to model.embed_tokens.weight, but the two differ"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized by 'awq'"),
         ({"quantization_config": {"quant_method": "osp", "format_version": 2}}, "format version 2"),
         ({"quantization_config": {"quant_method": "osp", "format_version": 1}}, "not a quantization scheme"),
@@ -310,10 +334,17 @@ def test_configs_that_no_engine_computes_are_refused(checkpoint_path, edit_confi
 
 def test_a_scheme_this_version_cannot_run_is_refused(packed_path, edit_config):
     quantization = json.loads((packed_path / "config.json").read_text())["quantization_config"]
-    for field, value in {"name": "w2a2", "weight_bits": 3}.items():
+    for field, value in (("name", "w2a2"), ("name", []), ("name", {}), ("name", None), ("weight_bits", 3)):
         scheme = quantization["scheme"] | {field: value}
         edit_config(packed_path, quantization_config=quantization | {"scheme": scheme})
         assert "scheme" in refusal(packed_path)
+
+
+@pytest.mark.parametrize("scheme", [None, [], "w4a4", 4, {"name": "w4a4"}], ids=str)
+def test_what_is_no_scheme_is_refused(packed_path, edit_config, scheme):
+    quantization = json.loads((packed_path / "config.json").read_text())["quantization_config"]
+    edit_config(packed_path, quantization_config=quantization | {"scheme": scheme})
+    assert "not a quantization scheme" in refusal(packed_path)
 
 
 def test_unknown_scheme_lists_the_known():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 
 import pytest
 
@@ -34,6 +36,8 @@ def test_files_lines_and_directories_in_sorted_order(tmp_path):
         ("a.jsonl", b'{"content": "x"}', 'a.jsonl:1: no "text" field'),
         ("a.jsonl", b'{"text": 5}', 'a.jsonl:1: no "text" field'),
         ("a.jsonl", b'["text"]', 'a.jsonl:1: no "text" field'),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not a JSON object"),
+        ("a.jsonl", b'{"a":' * 100_000, "a.jsonl:1: not a JSON object"),
         ("a.jsonl", b'{"text": "\\ud83d"}', "a.jsonl:1: the text holds half a surrogate pair"),
     ],
 )
@@ -51,6 +55,19 @@ def test_missing_and_empty_paths_are_named(tmp_path):
         list(read_documents([tmp_path]))
     with pytest.raises(TextError, match="an empty list of paths"):
         list(read_documents([]))
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")  # to open it would wait for a writer
+    with pytest.raises(TextError, match=r"pipe\.txt: not a file"):
+        list(read_documents([tmp_path / "pipe.txt"]))
+    with pytest.raises(TextError, match=r"no \.txt, \.md, \.jsonl file in this directory"):
+        list(read_documents([tmp_path]))
+    with pytest.raises(TextError, match="File name too long"):
+        list(read_documents([tmp_path / ("x" * 300 + ".txt")]))
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(TextError, match="no such file"):
+        list(read_documents([tmp_path / "file.txt" / "below.txt"]))
 
 
 def test_windows_are_consecutive_and_at_least_two_tokens_long():
@@ -72,9 +89,19 @@ def test_the_bundled_text_is_the_default(tokenizer):
 def test_reading_stops_at_the_limit(tokenizer, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": word}) + "\n" for word in ("aaaa", "bbbb", "cccc")))
-    assert [len(d) for d in read_corpus([file], tokenizer, limit=5).documents] == [4, 4]
+    assert [tokenizer.decode(d) for d in read_corpus([file], tokenizer, limit=5).documents] == ["aaaa", "b"]
+    for limit in (1, 3, 4, 5, 8, 11, 12, 13, 400):
+        assert read_corpus([file], tokenizer, limit=limit).tokens == min(limit, 12)
     assert read_corpus([file], tokenizer, limit=5).source == ["a.jsonl"]
     assert read_corpus([file], tokenizer).tokens == 12
+
+
+def test_the_hash_is_of_the_documents_as_they_were_read(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
+    (tmp_path / "b.txt").write_bytes(b" \n")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "three"}\n')
+    for limit in (None, 12):  # the limit cuts tokens, not what is hashed
+        assert read_corpus([tmp_path], tokenizer, limit).sha256 == hashlib.sha256(b"one\ntwo\nthree").hexdigest()
 
 
 def test_the_last_fifth_is_held_back(tokenizer, tmp_path):

@@ -40,7 +40,7 @@ def squared_error(values, scale):
 def brute_force(values):
     """The least error over a fine grid of clip bounds, from 1/10,000 of the absmax to a little above it."""
     bounds = np.abs(values).max() * np.geomspace(1e-4, 1.05, 3000)
-    return min(squared_error(values, arithmetic.weight_scale(bound)) for bound in bounds)
+    return min(squared_error(values, arithmetic.tensor_scale(bound)) for bound in bounds)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -62,7 +62,7 @@ def test_a_heavy_tail_is_clipped_far_below_its_absmax():
     values = np.append(np.random.default_rng(0).normal(size=1_000_000), 300).astype(np.float32)
     chosen = round_to_nearest(values[None], "w")
     assert chosen.clip_ratio < 0.02
-    assert chosen.mse < 0.2 * squared_error(values, arithmetic.weight_scale(300.0))
+    assert chosen.mse < 0.2 * squared_error(values, arithmetic.tensor_scale(300.0))
 
 
 @given(

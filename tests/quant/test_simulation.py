@@ -33,8 +33,8 @@ def test_simulated_linear_has_the_bits_of_the_specification(rows, outputs, reduc
     random = np.random.default_rng(reduction)
     codes_MK = random.integers(-8, 8, (outputs, reduction)).astype(np.int8)
     for _ in range(5):
-        w_scale = arithmetic.weight_scale(random.uniform(0.01, 3))
-        x_scale = arithmetic.activation_scale(random.uniform(0.01, 9))
+        w_scale = arithmetic.tensor_scale(random.uniform(0.01, 3))
+        x_scale = arithmetic.tensor_scale(random.uniform(0.01, 9))
         x_NK = random.normal(size=(rows, reduction)).astype(np.float32)
         x_NK[0, : reduction // 2] = np.float32(0.5) * x_scale  # ties
         linear = SimulatedLinear(QuantizedLinear(arithmetic.pack(codes_MK), reduction, w_scale, x_scale))
@@ -51,6 +51,20 @@ def test_simulated_linear_divides_rather_than_multiplying_by_the_reciprocal():
         x = np.float32(3.5) * scale
         (y,) = SimulatedLinear(QuantizedLinear(one, 1, np.float32(1), scale))(torch.tensor([x]))
         assert y == arithmetic.quantize(x, scale) * scale
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_simulated_linear_agrees_on_what_is_not_finite(value):
+    random = np.random.default_rng(1)
+    codes_MK, scale = random.integers(-8, 8, (9, 40)).astype(np.int8), np.float32(0.5)
+    codes_MK[4] = 0  # NaN times zero is NaN
+    x_NK = random.normal(size=(6, 40)).astype(np.float32)
+    x_NK[2, 7] = x_NK[5, 0] = value
+    linear = SimulatedLinear(QuantizedLinear(arithmetic.pack(codes_MK), 40, np.float32(0.25), scale))
+    simulated = linear(torch.from_numpy(x_NK)).numpy()
+    np.testing.assert_array_equal(simulated, arithmetic.quantized_linear(x_NK, scale, codes_MK, np.float32(0.25)))
+    assert np.isnan(simulated[[2, 5]]).all() == np.isnan(value)
+    assert not np.isnan(simulated[[0, 1, 3, 4]]).any()
 
 
 def test_simulated_linear_refuses_a_reduction_that_is_not_exact():
