@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import EntryPoint, entry_points, requires
+from importlib.util import find_spec
 
 import click
 
+from quant.arithmetic import NonFiniteError
 from quant.llama import CheckpointError
+from quant.scheme import SchemeError
+from quant.text import TextError
+from runtime.engine.registry import UnknownEngineError
+from runtime.evaluate import NothingToScoreError
 from runtime.model_store import ModelNotFoundError
+from runtime.text.tokenizer import TokenizerError
 
 DISTRIBUTION = "osp-runtime"
 ENTRY_POINT_GROUP = "osp.commands"
 
+USER_ERRORS = (
+    CheckpointError,
+    ModelNotFoundError,
+    NonFiniteError,
+    NothingToScoreError,
+    SchemeError,
+    TextError,
+    TokenizerError,
+    UnknownEngineError,
+)
+"""What a user can cause, and mend: told in one sentence. Anything else is a fault of ours and keeps its traceback.
+
+A stage whose own errors live beside torch or a web server, which this module must not import, catches those itself.
+"""
+
 
 class MissingExtraError(click.ClickException):
-    """A command needs a package that was not installed."""
+    """A command needs a package that an extra brings and that is not installed."""
 
-    def __init__(self, package: str) -> None:
-        extras = extras_with(package)
+    def __init__(self, package: str, extras: list[str]) -> None:
         install = " or ".join(f"pip install '{DISTRIBUTION}[{extra}]'" for extra in extras)
-        super().__init__(f"this command needs {package}, which is not installed; " + (install or "install it"))
+        super().__init__(f"this command needs {package}, which is not installed; {install}")
 
 
 class StageCommands(click.Group):
@@ -38,21 +59,23 @@ class StageCommands(click.Group):
         return _load(next(iter(matching))) if matching else None
 
     def invoke(self, ctx: click.Context) -> object:
-        """Runs a command. What a user can cause, and mend, ends in a sentence and not in a traceback."""
+        """Runs a command. `USER_ERRORS` and missing extras end in a sentence and not in a traceback."""
         try:
             return super().invoke(ctx)
-        except (CheckpointError, ModelNotFoundError) as error:
+        except USER_ERRORS as error:
             raise click.ClickException(str(error)) from error
         except ModuleNotFoundError as error:
-            if error.name is None or not extras_with(error.name):
+            package = _top_level(error)
+            extras = extras_with(package)
+            # A module that an installed package lacks is a fault of ours.
+            if not extras or find_spec(package) is not None:
                 raise
-            raise MissingExtraError(error.name.partition(".")[0]) from error
+            raise MissingExtraError(package, extras) from error
 
 
-def extras_with(module: str) -> list[str]:
-    """The extras that bring a module; none for what no extra brings. Package and module go by the same name."""
-    package = re.escape(module.partition(".")[0])
-    pattern = re.compile(rf"{package}\b(?!-).*; extra == ['\"](?P<extra>[\w-]+)['\"]", re.IGNORECASE)
+def extras_with(package: str) -> list[str]:
+    """The extras that bring a package; none for what no extra brings. Package and module go by the same name."""
+    pattern = re.compile(rf"{re.escape(package)}\b(?!-).*; extra == ['\"](?P<extra>[\w-]+)['\"]", re.IGNORECASE)
     found = (pattern.match(requirement) for requirement in requires(DISTRIBUTION) or ())
     return sorted({match["extra"] for match in found if match} - {"dev"})
 
@@ -68,16 +91,20 @@ def _load(entry_point: EntryPoint) -> click.Command:
 
 
 def _unavailable(name: str, error: ModuleNotFoundError) -> click.Command:
-    """Stands in for a command whose module cannot be imported; says why in the help, and when it is run."""
-    package = (error.name or str(error)).partition(".")[0]
+    """Stands in for a command whose module cannot be imported; says why in the help, and raises when it is run."""
 
-    @click.command(name, short_help=f"(not available: needs {package})", add_help_option=False)
+    @click.command(name, short_help=f"(not available: needs {_top_level(error)})", add_help_option=False)
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def unavailable(**_: object) -> None:
-        raise MissingExtraError(package) from error
+        raise error
 
     unavailable.ignore_unknown_options = True
     return unavailable
+
+
+def _top_level(error: ModuleNotFoundError) -> str:
+    """The package of the module that was not found."""
+    return (error.name or str(error)).partition(".")[0]
 
 
 @click.group(cls=StageCommands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -27,9 +27,9 @@ class NothingToScoreError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """`perplexity` over `tokens` scored tokens."""
+    """`value` over `tokens` scored tokens."""
 
-    perplexity: float
+    value: float
     tokens: int
 
 

@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tokenizers import Tokenizer
 
-from quant.arithmetic import NonFiniteError
-from quant.format import Checkpoint, read_checkpoint
-from quant.llama import CheckpointError
-from quant.text import TextError, read_documents
-from runtime.engine.registry import UnknownEngineError, load_runner
-from runtime.evaluate import NothingToScoreError, perplexity
-from runtime.model_store import DEFAULT_MODEL, ModelNotFoundError, resolve_model
-
-USER_ERRORS = (ModelNotFoundError, CheckpointError, UnknownEngineError, TextError, NothingToScoreError, NonFiniteError)
-"""What the user can mend, and is told in one line; anything else is a fault of this program and keeps its traceback."""
+from quant.format import Checkpoint, read_checkpoint, read_tokenizer
+from quant.text import read_documents
+from runtime.engine.registry import load_runner
+from runtime.evaluate import perplexity
+from runtime.model_store import DEFAULT_MODEL, recorded_quality, resolve_model
 
 
 @click.command(short_help="Say what a model is: scheme, sizes, recorded quality.")
@@ -33,10 +27,7 @@ def info(model: str, as_json: bool) -> None:
     The KV cache's bytes per token are those of the scheme (16 bit). The reference engine of this release holds keys and
     values in float32, that is, twice as many.
     """
-    try:
-        description = describe(read_checkpoint(resolve_model(model)))
-    except USER_ERRORS as error:
-        raise click.ClickException(str(error)) from None
+    description = describe(read_checkpoint(resolve_model(model)))
     click.echo(json.dumps(description, ensure_ascii=False) if as_json else _as_text(model, description))
 
 
@@ -57,18 +48,15 @@ def evaluate(model: str, data: tuple[Path, ...], engine: str, as_json: bool) -> 
         if show_progress:
             click.echo(f"\r{tokens:,} tokens", err=True, nl=False)
 
+    path = resolve_model(model)
+    runner = load_runner(engine, path)
     try:
-        path = resolve_model(model)
-        runner = load_runner(engine, path)
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))  # load_runner has checked it
-        measured = perplexity(runner, tokenizer, read_documents(data), progress)
-    except USER_ERRORS as error:
-        raise click.ClickException(str(error)) from None
+        measured = perplexity(runner, read_tokenizer(path), read_documents(data), progress)
     finally:
         if show_progress:
             click.echo("\r\033[K", err=True, nl=False)  # back to an empty line
     report = {
-        "perplexity": measured.perplexity,
+        "perplexity": measured.value,
         "tokens": measured.tokens,
         "engine": runner.info.engine,
         "precision": runner.info.precision,
@@ -101,7 +89,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "norms": sum(tensor.nbytes for tensor in checkpoint.floats.values()) - embedding_bytes - head_bytes,
             "kv_per_token": kv_values * (scheme.kv_bits if scheme else 16) // 8,
         },
-        "quality": checkpoint.provenance.get("quality"),
+        "quality": recorded_quality(checkpoint.provenance),
         "warning": checkpoint.provenance.get("warning"),
     }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 BUNDLED_MODELS = ("demo", "demo-16bit")
 """Models that come with the package: the demo model in W4A4, and the same model before quantization."""
@@ -31,14 +33,18 @@ def resolve_model(name: str) -> Path:
             Hugging Face cache, or found there.
 
     Raises:
-        ModelNotFoundError: nothing goes by that name, or it cannot be downloaded.
+        ModelNotFoundError: nothing goes by that name, or it cannot be looked up or downloaded.
     """
     if name in BUNDLED_MODELS:
         return _bundled(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, a folder one may not enter, ~ of an unknown user
+        raise ModelNotFoundError(f"no model {name!r}: {_reason(error)}") from None
+    if is_directory:
         return path
-    if path.exists():
+    if exists:
         raise ModelNotFoundError(f"{name} is a file; a model is a directory with config.json in it")
     if _HUB_NAME.fullmatch(name):
         return _downloaded(name)
@@ -46,6 +52,12 @@ def resolve_model(name: str) -> Path:
         f"no model {name!r}: it is neither a directory, nor a bundled model ({', '.join(BUNDLED_MODELS)}), "
         "nor a Hugging Face name of the form owner/name"
     )
+
+
+def recorded_quality(provenance: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What osp.json says was measured when the checkpoint was made; None where it says nothing that can be used."""
+    quality = provenance.get("quality")
+    return quality if isinstance(quality, dict) else None
 
 
 def _bundled(name: str) -> Path:
@@ -56,7 +68,7 @@ def _bundled(name: str) -> Path:
 
 
 def _downloaded(name: str) -> Path:
-    # Imported here: it takes a third of a second, and a model on disk needs none of it.
+    # Imported here: it is slow to import, and a model on disk needs none of it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -80,9 +92,10 @@ def _downloaded(name: str) -> Path:
             f"{absent} in the Hugging Face cache, and Hugging Face cannot be reached to download it"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelNotFoundError(f"{name} cannot be downloaded from Hugging Face: {_first_line(error)}") from None
+        raise ModelNotFoundError(f"{name} cannot be downloaded from Hugging Face: {_reason(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """The first line of an error's message; libraries append links and advice that do not help here."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    message = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return message.strip().partition("\n")[0] or type(error).__name__

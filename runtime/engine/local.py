@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,7 +106,10 @@ class LocalEngine:
 
     async def shutdown(self, drain_s: float) -> None:
         """See `Engine.shutdown`. May be called again, also to shorten a drain that is under way."""
-        await asyncio.to_thread(self._drain_and_stop, drain_s)
+        # Not in asyncio's own threads: there the drain would queue behind whatever else the process has put there.
+        executor = ThreadPoolExecutor(1, "osp-drain")
+        await asyncio.get_running_loop().run_in_executor(executor, self._drain_and_stop, drain_s)
+        executor.shutdown()
 
     # The client's side.
 

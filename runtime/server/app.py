@@ -13,7 +13,7 @@ from runtime.server.context import Context
 from runtime.server.errors import install_error_handlers
 from runtime.server.routes import completions, health, metrics, models
 from runtime.server.settings import ServerSettings
-from runtime.server.telemetry import Telemetry
+from runtime.server.telemetry import ArrivalClock, Telemetry
 
 
 def create_app(settings: ServerSettings, catalog: ModelCatalog, telemetry: Telemetry) -> FastAPI:
@@ -31,6 +31,7 @@ def create_app(settings: ServerSettings, catalog: ModelCatalog, telemetry: Telem
 
     app = FastAPI(title="osp-runtime", version=version("osp-runtime"), lifespan=lifespan)
     Context(settings, catalog, telemetry).attach(app)
+    app.add_middleware(ArrivalClock)
     install_error_handlers(app)
     for resource in (completions, models, health, metrics):
         app.include_router(resource.router)

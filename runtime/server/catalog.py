@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from quant.format import read_config, read_provenance
-from quant.llama import CheckpointError
 from runtime.engine.base import Engine
-from runtime.engine.registry import UnknownEngineError, load_engine
+from runtime.engine.registry import load_engine
 from runtime.engine.scheduler import SchedulerLimits
-from runtime.model_store import ModelNotFoundError, resolve_model
+from runtime.model_store import recorded_quality, resolve_model
 from runtime.server.errors import ApiError, shortened
 from runtime.server.schemas import ModelCard
 from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
-from runtime.text.tokenizer import Tokenizer, TokenizerError
-
-LOAD_ERRORS = (ModelNotFoundError, CheckpointError, TokenizerError, UnknownEngineError)
-"""What can be wrong with a model, or with how it was named."""
+from runtime.text.tokenizer import Tokenizer
 
 
 class ServedModel:
@@ -61,20 +57,17 @@ def load_model(settings: ServerSettings, telemetry: Telemetry) -> ServedModel:
     """Finds, reads and starts the model that the settings name. Takes as long as reading its weights.
 
     Raises:
-        LOAD_ERRORS: it does not exist or cannot be used; the message is for the user.
+        ModelNotFoundError, CheckpointError, TokenizerError, UnknownEngineError: it does not exist or cannot be used.
     """
     path = resolve_model(settings.model)
-    engine = load_engine(settings.engine, path, SchedulerLimits(max_waiting=settings.max_waiting))
+    name = settings.served_model_name or _short_name(settings.model, path)
     _, quantization = read_config(path)
-    quality = read_provenance(path).get("quality")
-    return ServedModel(
-        settings.served_model_name or _short_name(settings.model, path),
-        engine,
-        Tokenizer.load(path),
-        telemetry,
-        scheme=(quantization or {}).get("scheme"),
-        quality=quality if isinstance(quality, dict) else None,
-    )
+    quality = recorded_quality(read_provenance(path))
+    tokenizer = Tokenizer.load(path)
+    # Last, when nothing else can fail: the engine starts a thread, which somebody would have to end.
+    engine = load_engine(settings.engine, path, SchedulerLimits(max_waiting=settings.max_waiting))
+    scheme = (quantization or {}).get("scheme")
+    return ServedModel(name, engine, tokenizer, telemetry, scheme=scheme, quality=quality)
 
 
 def _short_name(model: str, path: Path) -> str:

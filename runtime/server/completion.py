@@ -42,8 +42,13 @@ class CompletionPlan:
         return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
 
 
-async def plan_completion(body: CompletionRequest, model: ServedModel, max_prompts: int) -> CompletionPlan:
+async def plan_completion(
+    body: CompletionRequest, model: ServedModel, *, max_prompts: int, arrival: float
+) -> CompletionPlan:
     """Turns a request into sequences; prompt `i` of a list gets the seed `seed + i`.
+
+    Args:
+        arrival: when the request arrived, by `time.perf_counter`.
 
     Raises:
         ApiError: 400, a prompt is empty, too long, not text or not of the vocabulary, or there are too many.
@@ -65,7 +70,7 @@ async def plan_completion(body: CompletionRequest, model: ServedModel, max_promp
             stop_token_ids=frozenset() if body.ignore_eos else model.tokenizer.end_token_ids,
         )
         request = GenerationRequest(f"{completion_id}-{index}", token_ids, sampling)
-        sequences.append(SequencePlan(index, request, body.stops()))
+        sequences.append(SequencePlan(index, request, arrival, body.stops()))
     return CompletionPlan(completion_id, int(time.time()), model, sequences)
 
 
@@ -102,7 +107,7 @@ async def stream(plan: CompletionPlan, *, include_usage: bool) -> AsyncGenerator
 async def _token_ids(prompt: str | list[int], model: ServedModel) -> tuple[int, ...]:
     if isinstance(prompt, str):
         try:
-            # In a thread: a megabyte of text takes a second, and the other clients' tokens must not wait for it.
+            # In a thread: a long text takes its time, and the other clients' tokens must not wait for it.
             token_ids = await asyncio.to_thread(model.tokenizer.encode, prompt)
         except UnicodeEncodeError:
             message = "prompt holds half of a surrogate pair, which is no character"

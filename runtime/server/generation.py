@@ -18,10 +18,18 @@ from runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class SequencePlan:
-    """A sequence to generate: its place in the request, what the engine needs, and where its text stops."""
+    """A sequence to generate.
+
+    Attributes:
+        index: its place in the HTTP request.
+        request: what the engine needs.
+        arrival: when the HTTP request arrived, by `time.perf_counter`.
+        stops: the strings that end its text.
+    """
 
     index: int
     request: GenerationRequest
+    arrival: float
     stops: tuple[str, ...] = ()
 
 
@@ -52,7 +60,7 @@ async def generate(model: ServedModel, plans: Sequence[SequencePlan]) -> AsyncGe
 
 async def _generate_one(model: ServedModel, plan: SequencePlan) -> AsyncGenerator[TextChunk, None]:
     assembler = _TextAssembler(model.tokenizer, plan)
-    with SequenceTimer(model.telemetry, len(plan.request.prompt_token_ids)) as timer:
+    with SequenceTimer(model.telemetry, len(plan.request.prompt_token_ids), plan.arrival) as timer:
         try:
             async for token_chunk in model.engine.generate(plan.request):
                 if token_chunk.finish_reason is FinishReason.ABORT:

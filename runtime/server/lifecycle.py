@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from runtime.server.app import create_app
-from runtime.server.catalog import LOAD_ERRORS, ModelCatalog, load_model
+from runtime.server.catalog import ModelCatalog, load_model
 from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
 
@@ -22,23 +22,23 @@ log = logging.getLogger(__name__)
 ABORT_GRACE_S = 2
 """What aborted requests get to send their last event to clients that read slowly."""
 
+_POLL_S = 0.1  # uvicorn's own pace
+
 
 class StartError(RuntimeError):
-    """The server cannot start; the message says why and what to do."""
+    """The server cannot listen; the message says why and what to do."""
 
 
 def run_server(settings: ServerSettings) -> None:
     """Serves until SIGTERM or SIGINT, and returns when the last request is answered.
 
     Raises:
-        StartError: the port cannot be had (known before anything is loaded), or the model cannot be loaded.
+        StartError: the port cannot be had; known before anything is loaded.
+        ModelNotFoundError, CheckpointError, TokenizerError, UnknownEngineError: see `load_model`.
     """
     with _listen(settings.host, settings.port) as listener:
         telemetry = Telemetry()
-        try:
-            catalog = ModelCatalog([load_model(settings, telemetry)])
-        except LOAD_ERRORS as error:
-            raise StartError(str(error)) from error
+        catalog = ModelCatalog([load_model(settings, telemetry)])
         app = create_app(settings, catalog, telemetry)
         config = uvicorn.Config(
             app,
@@ -56,6 +56,7 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._catalog = catalog
         self._drain_timeout = drain_timeout
+        self._insisted = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -67,17 +68,25 @@ class _DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Asks for the end; a second Ctrl-C insists. Unlike uvicorn, does not die of the signal afterwards."""
-        self.force_exit |= self.should_exit and sig == signal.SIGINT
+        self._insisted |= self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("shutting down: live requests have %g s to finish", self._drain_timeout)
         # Meanwhile uvicorn waits for the open responses. They end when the engines have finished or aborted them.
         draining = asyncio.create_task(self._catalog.shutdown(self._drain_timeout))
-        await super().shutdown(sockets)
-        if self.force_exit:
+        closing = asyncio.create_task(super().shutdown(sockets))
+        while not closing.done() and not self._insisted:
+            await asyncio.wait({closing}, timeout=_POLL_S)
+        if not closing.done():
+            # Not by uvicorn's force_exit: that leaves at once, and nobody would tell the clients.
             await self._catalog.shutdown(drain_s=0)
+            await asyncio.wait({closing}, timeout=ABORT_GRACE_S)
+            closing.cancel()
         await draining
+        await asyncio.wait({closing})
+        if not closing.cancelled():
+            closing.result()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -85,6 +94,8 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
+    except UnicodeError:  # what Python makes of a name that DNS could not carry
+        raise StartError(f"cannot listen on {host}: no such host name") from None
     except OSError as error:
         hint = "; choose another port with --port" if error.errno == errno.EADDRINUSE else ""
         raise StartError(f"cannot listen on {host}, port {port}: {_reason(error)}{hint}") from None

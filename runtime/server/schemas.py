@@ -93,7 +93,7 @@ class CompletionRequest(RequestModel):
 
     model: str | None = None
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=1)] = 16
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 16
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Stop = Field(default_factory=list[str])

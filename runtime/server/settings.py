@@ -31,7 +31,10 @@ class ServerSettings(BaseSettings):
         description=f"A directory, a Hugging Face name, or a bundled model ({', '.join(BUNDLED_MODELS)}).",
     )
     engine: str = Field("auto", description=f"What runs the model: {', '.join(ENGINES)}.")
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens the server to the network.")
+    # An empty host would mean every address.
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 opens the server to the network."
+    )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     served_model_name: str | None = Field(
         None, min_length=1, description="What clients call the model; by default its name or that of its directory."
@@ -39,7 +42,7 @@ class ServerSettings(BaseSettings):
     max_waiting: int = Field(256, ge=1, description="Sequences that may wait to be run; beyond them the answer is 503.")
     max_prompts: int = Field(128, ge=1, description="Prompts in one request.")
     drain_timeout: float = Field(
-        30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM or SIGINT."
+        30.0, ge=0, le=86_400, description="Seconds that running requests get to finish after SIGTERM or SIGINT."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
@@ -80,7 +83,8 @@ def read_settings(command_line: Mapping[str, Any]) -> ServerSettings:
         fault = error.errors()[0]
         name = str(fault["loc"][0])
         source = _flag(name) if name in given else ENV_PREFIX + name.upper()
-        raise click.UsageError(f"{source} {fault['msg'].removeprefix('Input ')}, is {fault['input']!r}") from None
+        expected = fault["msg"].removeprefix("Input ").removeprefix("String ")
+        raise click.UsageError(f"{source} {expected}, is {fault['input']!r}") from None
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runtime.engine.base import Engine, EngineStats, FinishReason, RequestRejectedError
 
@@ -73,20 +74,32 @@ class ModelTelemetry:
         follow(telemetry.kv_usage, lambda stats: stats.kv_usage)
 
 
+class ArrivalClock:
+    """ASGI middleware: puts the time of a request's arrival, before its body is read, into `request.state.arrival`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope.setdefault("state", {})["arrival"] = perf_counter()
+        await self._app(scope, receive, send)
+
+
 class SequenceTimer:
     """Records one sequence, from its arrival to its end. A context; leaving it early counts as an abort.
 
     A sequence that the engine would not take is not recorded at all.
     """
 
-    def __init__(self, telemetry: ModelTelemetry, prompt_tokens: int) -> None:
+    def __init__(self, telemetry: ModelTelemetry, prompt_tokens: int, arrival: float) -> None:
         self._telemetry = telemetry
         self._prompt_tokens = prompt_tokens
+        self._arrival = arrival
         self._last_token: float | None = None
         self._finished = False
 
     def __enter__(self) -> Self:
-        self._arrival = perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import tokenizers
 
+from quant.format import read_tokenizer
+
 _WORD_START = "▁"  # SentencePiece's sign for a space: U+2581, not an underscore
 _SENTENCEPIECE_DECODERS = {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
 
@@ -26,10 +28,8 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, end_token_ids: frozenset[int] = frozenset()) -> None:
-        """Raises `TokenizerError` where the decoder is of neither family."""
+        """Takes a backend set up as `read_tokenizer` does; raises `TokenizerError` where it is of neither family."""
         self._backend = backend
-        # "<|endoftext|>" in a prompt is thirteen characters that somebody typed, not a control token.
-        self._backend.encode_special_tokens = True
         self.end_token_ids = end_token_ids
         self._token_bytes = _token_bytes(backend)
 
@@ -38,14 +38,10 @@ class Tokenizer:
         """Reads the tokenizer of a checkpoint directory.
 
         Raises:
-            TokenizerError: a file is missing or damaged, or the tokenizer is of an unknown family.
+            CheckpointError: tokenizer.json is missing or damaged.
+            TokenizerError: the tokenizer is of an unknown family, or a file that names end tokens is damaged.
         """
-        file = directory / "tokenizer.json"
-        try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        # A missing or unreadable file is an OSError, but the library raises bare Exceptions for what it cannot parse.
-        except Exception as error:
-            raise TokenizerError(f"{file} cannot be read: {error}") from error
+        backend = read_tokenizer(directory)
         return cls(backend, _end_token_ids(directory, backend))
 
     def encode(self, text: str) -> tuple[int, ...]:

@@ -11,9 +11,15 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from quant.arithmetic import NonFiniteError
 from quant.llama import CheckpointError
+from quant.scheme import SchemeError
+from quant.text import TextError
 from runtime import cli
+from runtime.engine.registry import UnknownEngineError
+from runtime.evaluate import NothingToScoreError
 from runtime.model_store import ModelNotFoundError
+from runtime.text.tokenizer import TokenizerError
 
 
 def osp(*arguments: str) -> SimpleNamespace:
@@ -71,7 +77,19 @@ def test_runs_as_a_module() -> None:
     assert run.stdout.startswith("Usage: osp serve")
 
 
-@pytest.mark.parametrize("error", [CheckpointError(Path("dir"), "is empty"), ModelNotFoundError("no model")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        CheckpointError(Path("dir"), "is empty"),
+        ModelNotFoundError("no model"),
+        NonFiniteError("it is nan"),
+        NothingToScoreError("no document"),
+        SchemeError("no scheme"),
+        TextError("no text"),
+        TokenizerError("no tokenizer"),
+        UnknownEngineError("warp"),
+    ],
+)
 def test_what_a_user_can_mend_is_a_sentence(stages: dict[str, object], error: Exception) -> None:
     stages["fail"] = failing(error)
     result = osp("fail")
@@ -84,7 +102,8 @@ def test_a_fault_of_ours_is_a_traceback(stages: dict[str, object]) -> None:
     assert isinstance(osp("fail").exception, ValueError)
 
 
-def test_a_missing_extra_is_named(stages: dict[str, object]) -> None:
+def test_a_missing_extra_is_named(stages: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda package: None)
     missing = ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
     stages["at-import"], stages["at-run"] = missing, failing(missing)
     assert "at-import  (not available: needs torch)" in osp("--help").output
@@ -94,9 +113,21 @@ def test_a_missing_extra_is_named(stages: dict[str, object]) -> None:
         assert "pip install 'osp-runtime[quant]' or pip install 'osp-runtime[train]'" in result.output
 
 
-def test_a_missing_package_of_no_extra_is_a_bug(stages: dict[str, object]) -> None:
-    stages["fail"] = failing(ModuleNotFoundError("No module named 'nosuch'", name="nosuch"))
-    assert isinstance(osp("fail").exception, ModuleNotFoundError)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'nosuch'", name="nosuch"),
+        ModuleNotFoundError("No module named 'trainer.nosuch'", name="trainer.nosuch"),
+        ModuleNotFoundError("No module named 'torch.nosuch'", name="torch.nosuch"),  # torch itself is there
+        ModuleNotFoundError("no name at all"),
+        ImportError("cannot import name 'nosuch' from 'torch'", name="torch"),
+    ],
+)
+def test_an_import_that_fails_for_another_reason_is_a_bug(stages: dict[str, object], error: ImportError) -> None:
+    stages["at-run"] = failing(error)
+    assert osp("at-run").exception is error
+    stages["at-import"] = error
+    assert osp("at-import").exception is error
 
 
 def test_extras_come_from_the_package_itself() -> None:

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from runtime import model_store
-from runtime.model_store import ModelNotFoundError, resolve_model
+from runtime.model_store import ModelNotFoundError, recorded_quality, resolve_model
 
 
 @pytest.fixture
@@ -47,6 +47,32 @@ def test_a_name_of_nothing_says_what_names_there_are(name: str, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(ModelNotFoundError, match=r"directory.*demo-16bit.*owner/name"):
         resolve_model(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("~nosuchuser/x", "home directory"),
+        ("~nosuchuser", "home directory"),
+        ("x" * 300, "too long"),
+        ("owner/" + "x" * 300, "maximum length"),
+        ("/" + "x/" * 5000, "too long"),
+        ("loop", "'loop'"),
+    ],
+)
+def test_a_name_that_cannot_be_looked_up(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=reason):
+        resolve_model(name)
+
+
+@pytest.mark.parametrize("quality", [None, "good", ["good"], 5, 0.5, True, {}, {"ratio": 1.5}])
+def test_only_an_object_is_a_recorded_quality(quality: object) -> None:
+    assert recorded_quality({"quality": quality}) == (quality if isinstance(quality, dict) else None)
+    assert recorded_quality({}) is None
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:

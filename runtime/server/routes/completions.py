@@ -18,7 +18,8 @@ router = APIRouter(prefix="/v1", tags=["completions"])
 async def create_completion(body: CompletionRequest, request: Request, context: RouteContext) -> Response:
     """Continues one or several prompts; as one answer, or as server-sent events with `stream`."""
     model = context.catalog.pick(body.model)
-    plan = await plan_completion(body, model, context.settings.prompt_limit)
+    limit = context.settings.prompt_limit
+    plan = await plan_completion(body, model, max_prompts=limit, arrival=request.state.arrival)
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         return await open_event_stream(request, stream(plan, include_usage=include_usage))

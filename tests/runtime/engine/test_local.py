@@ -331,16 +331,33 @@ def test_shutdown_lets_live_requests_finish_and_takes_no_new_ones() -> None:
 
 def test_shutdown_aborts_what_the_drain_leaves() -> None:
     async def main() -> None:
-        engine = LocalEngine(CountingRunner(lambda batch: time.sleep(0.01)))
+        # Undisturbed it would take ten seconds, or longer on a busy machine.
+        engine = LocalEngine(CountingRunner(lambda batch: time.sleep(0.05)))
         live = asyncio.create_task(collect(engine, request("a", max_tokens=190)))
         await eventually(lambda: engine.stats().running == 1)
         start = time.monotonic()
-        await engine.shutdown(drain_s=0.1)
-        assert 0.1 <= time.monotonic() - start < 1
+        await engine.shutdown(drain_s=0.2)
+        assert time.monotonic() - start >= 0.2
         tokens, reason = await live
         assert reason is FinishReason.ABORT
-        assert tokens
+        assert len(tokens) < 190
         assert idle(engine)
+
+    asyncio.run(main())
+
+
+def test_shutdown_waits_for_no_other_work_of_the_process() -> None:
+    async def main() -> None:
+        engine = LocalEngine(CountingRunner())
+        release = threading.Event()
+        others = [asyncio.create_task(asyncio.to_thread(release.wait)) for _ in range(100)]  # more than asyncio has
+        try:
+            await asyncio.sleep(0.01)
+            async with asyncio.timeout(10):
+                await engine.shutdown(drain_s=0)
+        finally:
+            release.set()
+        await asyncio.gather(*others)
 
     asyncio.run(main())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from checkpoints import write_byte_level_tokenizer
+from checkpoints import write_4bit, write_byte_level_tokenizer
 from server_process import osp_serve, running_server
 
 from quant.format import QUANTIZED_WEIGHTS_FILE
@@ -40,9 +40,16 @@ def test_a_port_in_use(checkpoint: Path) -> None:
         assert failure_of(str(checkpoint), OSP_PORT=port) == message
 
 
+@pytest.mark.parametrize("host", ["nosuch.invalid", "x" * 300, "a..b", "::zz"])
+def test_a_host_that_is_none(checkpoint: Path, host: str) -> None:
+    assert f"cannot listen on {host}" in failure_of(str(checkpoint), "--port", "0", "--host", host)
+
+
 def test_a_model_that_is_not_there() -> None:
     assert "neither a directory" in failure_of("nosuch", "--port", "0")
     assert "Hugging Face" in failure_of("owner/nosuch", "--port", "0")
+    assert "home directory" in failure_of("~nosuchuser/x", "--port", "0")
+    assert "too long" in failure_of("x" * 300, "--port", "0")
 
 
 def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
@@ -114,17 +121,27 @@ def test_a_signal_lets_a_running_answer_finish(checkpoint: Path, sig: signal.Sig
         assert server.process.returncode == 0
 
 
-def test_a_second_ctrl_c_insists(checkpoint: Path) -> None:
-    body = {"prompt": ["The cat"] * 128, "max_tokens": 110, "ignore_eos": True, "stream": True}
+def test_a_second_ctrl_c_insists(tmp_path: Path) -> None:
+    # A hundred answers of 65 thousand tokens: far more than the server can finish before the timeouts below.
+    context = 2**16
+    shape = {"vocab_size": 320, "max_position_embeddings": context, "num_hidden_layers": 1}
+    model = write_4bit(tmp_path / "model", write_tokenizer=write_byte_level_tokenizer, **shape)
+    body = {"prompt": ["The cat"] * 100, "max_tokens": context - 100, "ignore_eos": True, "stream": True}
     with (
-        running_server(str(checkpoint), "--drain-timeout", "600") as server,
+        running_server(str(model), "--drain-timeout", "86400") as server,
         httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: without it the response is closed, and the server has nothing to drain
+        next(lines)
         server.process.send_signal(signal.SIGINT)
         assert server.process.stderr is not None
         assert "shutting down" in server.process.stderr.readline()
-        assert server.stop(signal.SIGINT) == 0
+        assert sum(1 for _ in zip(range(20), lines, strict=False)) == 20  # the first one lets it go on
+        server.process.send_signal(signal.SIGINT)
+        *_, error, done = [line for line in lines if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert done == "data: [DONE]"
+        assert server.process.wait(timeout=60) == 0
 
 
 def test_a_drain_that_takes_too_long_ends_in_an_error_event(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from checkpoints import SERVED_CONTEXT as CONTEXT
+from scripted_server import ScriptedServer
 from server_process import ServerProcess
+
+from runtime.server.schemas import CompletionRequest
+from runtime.text.tokenizer import Tokenizer
 
 JSON = {"content-type": "application/json"}
 
@@ -70,6 +75,7 @@ def test_json_that_is_no_object(http: httpx.Client, body: object) -> None:
         ("max_tokens", 1.5),
         ("max_tokens", True),
         ("max_tokens", 10**9),
+        ("max_tokens", 2**31),
         ("max_tokens", CONTEXT),
         ("temperature", -0.1),
         ("temperature", 2.1),
@@ -121,9 +127,8 @@ def test_numbers_that_are_none(http: httpx.Client, value: float) -> None:
 @pytest.mark.parametrize("field", ["prompt", "model", "stop", "\\ud800"])
 def test_half_a_surrogate_pair(http: httpx.Client, field: str) -> None:
     body = f'{{"prompt": "x", "max_tokens": 1, "{field}": "\\ud800"}}'
-    response = http.post("/v1/completions", content=body, headers=JSON)
-    if field != "stop":  # a stop string that cannot occur does no harm
-        error_of(response, {"model": 404}.get(field, 400))
+    error = error_of(http.post("/v1/completions", content=body, headers=JSON), {"model": 404}.get(field, 400))
+    assert error["param"] == (None if field == "\\ud800" else field)
 
 
 def test_an_empty_prompt_is_fine_with_a_bos(http: httpx.Client) -> None:
@@ -137,6 +142,26 @@ def test_defaults_spelled_out_are_fine(http: httpx.Client) -> None:
         "presence_penalty": 0.0, "frequency_penalty": 0, "top_k": -1, "user": "somebody", "stream_options": None,
     }  # fmt: skip
     assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1} | neutral).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**4000, -(10**4000), "x" * 10_000, ["x" * 10_000] * 9, [10**4000] * 9, {"x" * 10_000: ["y" * 10_000]}],
+    ids=["number", "negative number", "text", "texts", "numbers", "object"],
+)
+def test_what_a_client_sent_is_cut_in_the_message(tokenizer: Tokenizer, value: object) -> None:
+    server = ScriptedServer(tokenizer, "a")
+
+    async def post_all() -> dict[str, httpx.Response]:
+        fields = [*CompletionRequest.model_fields, "nope"]
+        return {field: await server.post(**{"max_tokens": 1, field: value}) for field in fields}
+
+    for field, response in asyncio.run(post_all()).items():
+        if response.status_code == 200:
+            assert (field, type(value)) == ("user", str)
+        else:
+            error = error_of(response, 404 if (field, type(value)) == ("model", str) else 400)
+            assert len(error["message"]) < 600, field
 
 
 def test_a_million_faults_get_a_short_answer(http: httpx.Client) -> None:

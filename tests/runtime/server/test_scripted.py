@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -104,6 +106,33 @@ def test_a_fault_of_ours_is_a_500_that_tells_no_secrets(tokenizer: Tokenizer) ->
     response = run(server.post(max_tokens=5, stream=True))
     assert events(response)[-1]["error"]["code"] == "internal_error"
     assert "shorter" not in response.text
+
+
+@pytest.mark.parametrize("prompt", ['"x"', '["x", "y"]'])
+def test_latencies_count_from_the_arrival(tokenizer: Tokenizer, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ScriptedServer(tokenizer, "hello")
+    encode = Tokenizer.encode
+
+    def slow_encode(self: Tokenizer, text: str) -> tuple[int, ...]:
+        time.sleep(0.2)
+        return encode(self, text)
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.2)
+        yield b'{"max_tokens": 5, "prompt": %s}' % prompt.encode()
+
+    async def post() -> Any:
+        return await server.request(
+            "POST", "/v1/completions", content=slow_body(), headers={"content-type": "application/json"}
+        )
+
+    monkeypatch.setattr(Tokenizer, "encode", slow_encode)
+    assert run(post()).status_code == 200
+    prompts = prompt.count('"') // 2
+    before_the_engine = 0.2 + 0.2 * prompts
+    for name in ("time_to_first_token", "e2e_request_latency"):
+        assert run(metric(server, f"osp_{name}_seconds_count")) == prompts
+        assert run(metric(server, f"osp_{name}_seconds_sum")) >= before_the_engine * prompts
 
 
 def test_a_full_queue_is_a_503(tokenizer: Tokenizer) -> None:

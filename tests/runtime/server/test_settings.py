@@ -48,10 +48,16 @@ def test_the_model_is_an_argument() -> None:
         (["--port", "70000"], {}, "--port"),
         ([], {"OSP_PORT": "many"}, "OSP_PORT"),
         (["--drain-timeout", "nan"], {}, "--drain-timeout"),
+        (["--drain-timeout", "inf"], {}, "--drain-timeout"),
+        (["--drain-timeout", "1e10"], {}, "--drain-timeout"),
+        (["--drain-timeout", "86401"], {}, "--drain-timeout"),
+        ([], {"OSP_DRAIN_TIMEOUT": "-1"}, "OSP_DRAIN_TIMEOUT"),
+        (["--host", ""], {}, "--host"),
+        (["--served-model-name", ""], {}, "--served-model-name"),
         ([], {"OSP_LOG_LEVEL": "loud"}, "OSP_LOG_LEVEL"),
     ],
 )
 def test_a_bad_value_is_named_where_it_came_from(arguments: list[str], environment: dict[str, str], named: str) -> None:
     result = CliRunner().invoke(show, arguments, env=environment)
     assert result.exit_code == 2
-    assert f"Error: {named} " in result.output
+    assert f"Error: {named} should " in result.output

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, processors
 
+from quant.llama import CheckpointError
 from runtime.text.tokenizer import Tokenizer, TokenizerError
 
 
@@ -34,6 +35,19 @@ def test_a_special_token_in_a_prompt_is_text(directory: Path) -> None:
     assert Tokenizer.load(directory).encode("<s>") == (0, 4, 5, 6)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_is_whole_whatever_the_file_says_of_truncation_and_padding(directory: Path, side: str) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.enable_truncation(4, direction=side)
+    backend.enable_padding(length=8, direction=side)
+    assert backend.encode("ab").ids != [0, 2, 3]
+    assert backend.encode("abab" * 9).ids != [0, *[2, 3] * 18]
+    backend.save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.encode("ab") == (0, 2, 3)
+    assert tokenizer.encode("abab" * 9) == (0, *[2, 3] * 18)
+
+
 def test_half_a_surrogate_pair_is_refused(directory: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         Tokenizer.load(directory).encode("\ud83d")
@@ -58,7 +72,7 @@ def test_a_bad_end_token_is_named(directory: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "not json"])
 def test_a_damaged_file_is_named(directory: Path, content: str) -> None:
     (directory / "tokenizer.json").write_text(content)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.load(directory)
 
 
