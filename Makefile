@@ -10,7 +10,7 @@ BUILD := build
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format setup corpus demo-model clean
+.PHONY: help serve test test-lowest lint format setup corpus demo-model clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -20,6 +20,14 @@ serve: $(VENV)/.base ## Install what serving needs (no torch) and serve the bund
 
 test: $(VENV)/.dev ## Install everything and run the tests
 	$(BIN)/python -m pytest
+
+test-lowest: ## The tests again, on the lowest versions that pyproject.toml allows
+	mkdir -p $(BUILD)
+	grep -oE '"[a-z-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=\(.*\)/==\1.*/' | sort -u > $(BUILD)/lowest.txt
+	test -x $(BUILD)/lowest/bin/python || $(PYTHON) -m venv $(BUILD)/lowest
+	$(BUILD)/lowest/bin/python -m pip install --quiet $(TORCH)
+	$(BUILD)/lowest/bin/python -m pip install --quiet --constraint $(BUILD)/lowest.txt --editable '.[train,quant,dev]'
+	$(BUILD)/lowest/bin/python -m pytest
 
 lint: $(VENV)/.dev ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
