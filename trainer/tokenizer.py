@@ -28,6 +28,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
     )
+    # Where a document spells the token out, that is text, as it is to the server.
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
