@@ -34,6 +34,16 @@ BASE = {
 }
 
 
+ODD_WIDTHS = {
+    "hidden_size": 39,
+    "intermediate_size": 51,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "vocab_size": 83,
+}
+"""Overrides of `BASE`: no width is a multiple of a vector register."""
+
 END = "<|endoftext|>"
 
 TokenizerWriter = Callable[[Path, int], None]

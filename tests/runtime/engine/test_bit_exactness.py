@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import write_4bit, write_full_precision
+from checkpoints import ODD_WIDTHS, write_4bit, write_full_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -24,14 +24,6 @@ BLOCK_SIZE = 4
 LENGTH = 23
 SEQUENCES = 33
 BLOCKS_EACH = -(-LENGTH // BLOCK_SIZE)
-ODD = {
-    "hidden_size": 39,
-    "intermediate_size": 51,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 6,
-    "vocab_size": 83,
-}
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "w4a4", "odd float32", "odd w4a4"])
@@ -43,9 +35,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         case "w4a4":
             return request.getfixturevalue("quantized")
         case "odd float32":
-            return read_checkpoint(write_full_precision(root, **ODD))
+            return read_checkpoint(write_full_precision(root, **ODD_WIDTHS))
         case _:
-            return read_checkpoint(write_4bit(root, **ODD))
+            return read_checkpoint(write_4bit(root, **ODD_WIDTHS))
 
 
 @pytest.fixture(scope="module")

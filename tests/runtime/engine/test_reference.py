@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_4bit, write_full_precision
+from checkpoints import ODD_WIDTHS, write_4bit, write_full_precision
 from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
@@ -26,14 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one key head": {"num_key_value_heads": 1},
     "a head for each query": {"num_key_value_heads": 4},
     "tied": {"tie_word_embeddings": True},
-    "odd widths": {
-        "hidden_size": 39,
-        "intermediate_size": 51,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "head_dim": 6,
-        "vocab_size": 83,
-    },
+    "odd widths": ODD_WIDTHS,
     "wide heads": {"head_dim": 24},
     "another theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3},
 }
