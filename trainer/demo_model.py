@@ -5,7 +5,6 @@ Writes runtime/models/demo (W4A4) and runtime/models/demo-16bit, each with a mod
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.convert import quantize_checkpoint
-from quant.format import read_config, write_json
+from quant.format import read_config, read_provenance, write_json
 from quant.scheme import named
 
 MODELS = Path(__file__).parents[1] / "runtime" / "models"
@@ -55,25 +54,26 @@ GOAL = 1.05
 
 
 def main(run: Path) -> None:
-    """Quantizes RUN/final, measures both forms on the documents that training held out, writes both directories."""
-    final, four_bit, sixteen_bit = run / "final", MODELS / "demo", MODELS / "demo-16bit"
-    for directory in (four_bit, sixteen_bit):
-        shutil.rmtree(directory, ignore_errors=True)
+    """Quantizes RUN/final, measures both forms on the documents that training held out, and bundles both."""
+    final, packed = run / "final", run / "w4a4"
+    shutil.rmtree(packed, ignore_errors=True)
     report = quantize_checkpoint(
         final,
-        four_bit,
+        packed,
         named("w4a4"),
         calibration=[run / "data" / "calibration.jsonl"],
         heldout=[run / "data" / "held_out.jsonl"],
         progress=True,
     )
-    shutil.copytree(final, sixteen_bit)
     quality = report["quality"]
-    provenance = json.loads((final / "osp.json").read_text(encoding="utf-8"))
+    for source, name in ((packed, "demo"), (final, "demo-16bit")):
+        target = MODELS / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+        (target / "README.md").write_text(card(target, report), encoding="utf-8")
+    provenance = read_provenance(final)
     measured = {key: quality[key] for key in ("perplexity_16bit", "tokens", "text", "sha256")}
-    write_json(sixteen_bit / "osp.json", {**provenance, "quality": measured})
-    for directory in (four_bit, sixteen_bit):
-        (directory / "README.md").write_text(card(directory, report), encoding="utf-8")
+    write_json(MODELS / "demo-16bit" / "osp.json", {**provenance, "quality": measured})
     sys.stdout.write(f"perplexity {quality['perplexity_16bit']:.2f} -> {quality['perplexity_w4a4']:.2f}\n")
 
 

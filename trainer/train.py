@@ -206,12 +206,11 @@ def train(
     if resume:
         trainer.restore(found[-1])
     write_json(directory / "config.json", config.to_dict())
-    started = time.monotonic()
     trainer.run(quiet)
-    return _export(trainer, time.monotonic() - started, dtype)
+    return _export(trainer, dtype)
 
 
-def _export(trainer: Trainer, seconds: float, dtype: torch.dtype) -> dict[str, Any]:
+def _export(trainer: Trainer, dtype: torch.dtype) -> dict[str, Any]:
     config, streams = trainer.config, trainer.streams
     final = trainer.directory / "final"
     final.mkdir(exist_ok=True)
@@ -224,7 +223,6 @@ def _export(trainer: Trainer, seconds: float, dtype: torch.dtype) -> dict[str, A
         "corpus_documents": streams.documents,
         "held_out_documents": streams.held_out_documents,
         "parameters": {name: sum(p.numel() for p in group) for name, group in parameter_groups(trainer.model).items()},
-        "seconds_since_start_or_resume": round(seconds, 1),
         "settings": config.to_dict(),
         **{key: round(value, 6) for key, value in trainer.evaluate().items()},
     }
