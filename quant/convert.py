@@ -17,9 +17,10 @@ from quant.corpus import Corpus, read_corpus
 from quant.format import Checkpoint, QuantizedLinear, read_checkpoint, read_tokenizer
 from quant.llama import CheckpointError
 from quant.model import load_model
-from quant.perplexity import Perplexity, measure_perplexity
+from quant.perplexity import measure_perplexity
 from quant.rounding import round_to_nearest
 from quant.scheme import Scheme
+from quant.text import Perplexity
 
 CALIBRATION_TOKENS = 2**18
 """Calibration text is read up to here: static ranges settle long before."""

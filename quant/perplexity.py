@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from quant.arithmetic import NonFiniteError
+from quant.text import Perplexity
 
 LOGIT_ROWS = 512
 """Rows of logits that are held at a time: a long context times a large vocabulary would not fit in memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Perplexity:
-    """`value` over `tokens` scored tokens."""
-
-    value: float
-    tokens: int
 
 
 @torch.inference_mode()
@@ -38,12 +28,7 @@ def measure_perplexity(model: LlamaForCausalLM, windows: Sequence[list[int]], *,
     total = 0.0
     for window in tqdm(windows, "perplexity", disable=None if progress else True, leave=False):
         total += _negative_log_likelihood(model, torch.tensor(window))
-    tokens = sum(len(window) - 1 for window in windows)
-    with np.errstate(over="ignore"):
-        value = float(np.exp(total / tokens))
-    if not np.isfinite(value):
-        raise NonFiniteError(f"the model's perplexity over {tokens} tokens is {value}")
-    return Perplexity(value, tokens)
+    return Perplexity.from_sum(total, sum(len(window) - 1 for window in windows))
 
 
 def _negative_log_likelihood(model: LlamaForCausalLM, window_L: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: reads documents and cuts their tokens into windows. Standard library only.
+"""Text for calibration and evaluation: reads documents and cuts their tokens into windows. No torch.
 
 The convention of perplexity, for every engine: a document is encoded by the tokenizer as it stands and cut by
 `windows`; the first token of a window is not scored; perplexity is exp(sum of negative log likelihoods / number of
@@ -10,7 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
+from quant.arithmetic import NonFiniteError
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 """What a directory is searched for. A .txt or .md file is one document; a .jsonl file holds one on every line."""
@@ -18,6 +23,27 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 
 class TextError(ValueError):
     """Text that cannot be used; the message names the file (and the line) and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """`value` over `tokens` scored tokens."""
+
+    value: float
+    tokens: int
+
+    @classmethod
+    def from_sum(cls, negative_log_likelihood: float, tokens: int) -> Perplexity:
+        """From the sum over `tokens` >= 1 scored tokens, in nats.
+
+        Raises:
+            NonFiniteError: the perplexity is NaN or infinite.
+        """
+        with np.errstate(over="ignore"):
+            value = float(np.exp(negative_log_likelihood / tokens))
+        if not np.isfinite(value):
+            raise NonFiniteError(f"the model's perplexity over {tokens} tokens is {value}")
+        return cls(value, tokens)
 
 
 def read_documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:

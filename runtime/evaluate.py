@@ -5,16 +5,13 @@ The convention is that of `quant.text`, so that the figure is the quantizer's wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from quant.arithmetic import NonFiniteError
-from quant.text import windows
+from quant.text import Perplexity, windows
 from runtime.engine.base import ModelRunner, SequenceSlice
 
 LOGIT_ROWS = 128
@@ -23,14 +20,6 @@ LOGIT_ROWS = 128
 
 class NothingToScoreError(ValueError):
     """No document has two tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class Perplexity:
-    """`value` over `tokens` scored tokens."""
-
-    value: float
-    tokens: int
 
 
 def perplexity(
@@ -58,11 +47,7 @@ def perplexity(
             progress(tokens)
     if not tokens:
         raise NothingToScoreError("there is nothing to score: no document has two tokens")
-    with np.errstate(over="ignore"):
-        value = float(np.exp(total / tokens))
-    if not math.isfinite(value):
-        raise NonFiniteError(f"the perplexity over {tokens} tokens is {value}")
-    return Perplexity(value, tokens)
+    return Perplexity.from_sum(total, tokens)
 
 
 def _window_length(runner: ModelRunner) -> int:

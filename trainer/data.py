@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from quant.format import write_json
+from quant.format import read_tokenizer, write_json
 from quant.text import read_documents
 from trainer.config import TrainConfig
 from trainer.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
@@ -106,7 +106,7 @@ def prepare(
     return TokenStreams(
         train,
         held_out,
-        Tokenizer.from_file(str(directory / "tokenizer.json")),
+        read_tokenizer(directory),
         documents=summary["documents"],
         held_out_documents=summary["held_out_documents"],
     )

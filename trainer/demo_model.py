@@ -16,13 +16,12 @@ from quant.format import read_config, read_provenance, write_json
 from quant.scheme import named
 
 MODELS = Path(__file__).parents[1] / "runtime" / "models"
-COMMAND = "make demo-model"
 
 CARD = """# {name}
 
 A Llama of {parameters:,} parameters, trained outlier-safe by this repository's own trainer, {form}.
 It writes English sentences, not truths: it exists so that `osp serve` has something to serve, and so that what 4 bits
-cost can be seen. Rebuilt by `{command}`, which also wrote this card.
+cost can be seen. Rebuilt by `make demo-model`, which also wrote this card.
 
 | | |
 |---|---|
@@ -92,7 +91,6 @@ def card(directory: Path, report: dict[str, Any]) -> str:
     return CARD.format(
         name=directory.name,
         form="in 4 bits (W4A4)" if quantization else "in bfloat16",
-        command=COMMAND,
         verdict=verdict,
         worst_site=worst,
         worst_kurtosis=sites[worst]["input_excess_kurtosis"],

@@ -1,13 +1,14 @@
-"""A byte-level BPE tokenizer, trained on the corpus or reused from a checkpoint."""
+"""A byte-level BPE tokenizer, trained on the corpus."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
+
+from quant.format import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands before every document, and so also ends the one before it: begin and end token in one."""
@@ -43,4 +44,4 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) -
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", settings)

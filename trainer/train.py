@@ -62,8 +62,8 @@ class Trainer:
         model = OSPModel(config.model, config.recipe)
         return cls(config, directory, streams, model, make_optimizers(model, config))
 
-    def run(self, quiet: bool = False) -> None:
-        """Trains up to `config.steps`, with a progress bar on stderr unless `quiet`."""
+    def run(self, quiet: bool = False) -> dict[str, float]:
+        """Trains up to `config.steps`, with a progress bar on stderr unless `quiet`; returns the last evaluation."""
         config = self.config
         tokens_at_start, started = self.step * config.batch_tokens, time.monotonic()
         evaluation = self.evaluate()
@@ -84,6 +84,7 @@ class Trainer:
                     log.flush()
                 if self.step % config.checkpoint_every == 0 or last:
                     self.save()
+        return evaluation
 
     def train_step(self) -> float:
         """One optimizer step; returns the training loss (nats a token).
@@ -206,11 +207,10 @@ def train(
     if resume:
         trainer.restore(found[-1])
     write_json(directory / "config.json", config.to_dict())
-    trainer.run(quiet)
-    return _export(trainer, dtype)
+    return _export(trainer, trainer.run(quiet), dtype)
 
 
-def _export(trainer: Trainer, dtype: torch.dtype) -> dict[str, Any]:
+def _export(trainer: Trainer, evaluation: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
     config, streams = trainer.config, trainer.streams
     final = trainer.directory / "final"
     final.mkdir(exist_ok=True)
@@ -224,7 +224,7 @@ def _export(trainer: Trainer, dtype: torch.dtype) -> dict[str, Any]:
         "held_out_documents": streams.held_out_documents,
         "parameters": {name: sum(p.numel() for p in group) for name, group in parameter_groups(trainer.model).items()},
         "settings": config.to_dict(),
-        **{key: round(value, 6) for key, value in trainer.evaluate().items()},
+        **{key: round(value, 6) for key, value in evaluation.items()},
     }
     export(trainer.model, final, report, streams.end_token_id, dtype)
     return report
