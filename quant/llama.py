@@ -9,17 +9,10 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
-BLOCK_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-"""The linear layers of a transformer block, in the order in which a step runs them."""
+from quant.scheme import LINEAR_SITES, Scheme, SchemeError
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+"""The module names of the two tables."""
 
 LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 2**14
 """A config.json may state any number; beyond these, it is not the size of a model but a way to exhaust memory."""
@@ -124,19 +117,46 @@ class LlamaConfig:
         return {
             f"model.layers.{layer}.{linear}": size
             for layer in range(self.num_hidden_layers)
-            for linear, size in zip(BLOCK_LINEARS, sizes, strict=True)
+            for linear, size in zip(LINEAR_SITES.values(), sizes, strict=True)
         }
 
-    def float_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full name -> shape of every parameter that stays in floating point: embedding, norms, untied head."""
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
-        for layer in range(self.num_hidden_layers):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden_size,)
-        shapes["model.norm.weight"] = (self.hidden_size,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
-        return shapes
+    def table_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (V, D) of the embedding and, unless it is tied to it, the head."""
+        modules = (EMBEDDING,) if self.tie_word_embeddings else (EMBEDDING, HEAD)
+        return dict.fromkeys(modules, (self.vocab_size, self.hidden_size))
+
+    def norm_names(self) -> list[str]:
+        """Full names of the norm weights, each of shape (D,), in the order in which a step runs them."""
+        layers = [
+            f"model.layers.{layer}.{norm}.weight"
+            for layer in range(self.num_hidden_layers)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        ]
+        return [*layers, "model.norm.weight"]
+
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Raises `SchemeError` where `scheme` makes no sense for a model of this shape; the message says why."""
+        if scheme.hadamard != "none" and self.intermediate_size % 2:
+            raise SchemeError(
+                f"hadamard {scheme.hadamard!r}: the feed-forward width {self.intermediate_size} is odd, and no "
+                "Hadamard transform mixes an odd number of channels evenly; use 'none'"
+            )
+        if scheme.hadamard == "full" and self.hidden_size % 2:
+            raise SchemeError(f"hadamard 'full': the model's width {self.hidden_size} is odd; use 'ffn' or 'none'")
+        if self.tie_word_embeddings and scheme.hadamard == "full":
+            return  # which unties the head
+        if self.tie_word_embeddings and scheme.head.weight_bits != scheme.embedding_bits:
+            raise SchemeError(
+                f"embedding_bits {scheme.embedding_bits} beside a head of {scheme.head.weight_bits} bits: this model's "
+                "head is tied to its embedding, so that both are one table; give both the same bits"
+            )
+        if self.tie_word_embeddings and scheme.head.weight_bits < 16:
+            if scheme.head.weight_granularity != "channel":
+                raise SchemeError(
+                    "head: tied to the embedding, which has a scale a row; use weight_granularity channel"
+                )
+            if scheme.head.static:
+                raise SchemeError("head: a tied head has no static input scale; use activation_granularity token")
 
     def describe(self) -> str:
         """One phrase for error messages."""

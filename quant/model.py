@@ -1,73 +1,217 @@
-"""The torch model of a checkpoint: as it stands in float32, or, for a 4-bit one, simulated bit for bit."""
+"""The torch model of a checkpoint: float32, or, for a quantized one, simulated with the integers of `quant.arithmetic`.
+
+Weights come from a `WeightSource`, so that a model can be built a block at a time and need never be in memory whole.
+Shapes: B batch, L length, D model width, H heads, C head width, N rows, K inputs and M outputs of a linear layer.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from quant import arithmetic
-from quant.format import Checkpoint, QuantizedLinear
+from quant import arithmetic, llama
+from quant.hadamard import Hadamard, base_matrix, sylvester
+from quant.scheme import LINEAR_SITES, Scheme
+from quant.weights import QuantizedLinear, QuantizedWeight
+
+ATTENTION = "osp"
+"""What the attention of this module is called in transformers' registry."""
+
+Weight = NDArray[Any] | QuantizedLinear
+
+
+class WeightSource(Protocol):
+    """Where a model's weights come from: a `CheckpointReader`, or a view of one that changes them."""
+
+    path: Path
+    config: llama.LlamaConfig
+    scheme: Scheme | None
+
+    def linear(self, name: str) -> Weight: ...
+    def embedding(self) -> NDArray[Any] | QuantizedWeight: ...
+    def head(self) -> Weight: ...
+    def norm(self, name: str) -> NDArray[Any]: ...
+
+
+class HadamardTransform(nn.Module):
+    """`Hadamard.apply` over the last axis, as two matrix products: equal to it up to the order of summation."""
+
+    base: Tensor
+    power: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shape = Hadamard.of_width(width)
+        root = (self.shape.base * self.shape.power) ** -0.5
+        self.register_buffer("base", torch.from_numpy(base_matrix(self.shape.base) * root), persistent=False)
+        self.register_buffer(
+            "power", torch.from_numpy(sylvester(self.shape.power).astype(np.float64)), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(*x.shape[:-1], self.shape.blocks, self.shape.base, self.shape.power)
+        return (self.base.to(x.dtype) @ (rows @ self.power.to(x.dtype))).reshape(x.shape)
 
 
 class SimulatedLinear(nn.Module):
-    """`arithmetic.quantized_linear` in torch: float32 [..., K] -> float32 [..., M], the same bits.
+    """A `QuantizedLinear` in torch: float32 [..., K] -> float32 [..., M].
 
-    Raises:
-        ValueError: K exceeds `arithmetic.MAX_REDUCTION`, beyond which float32 sums are not exact.
+    Integer layers give the bits of `arithmetic.quantized_linear` where their input is not rotated. NaN is not handled.
     """
 
     weight_codes: Tensor
-    input_scale: Tensor
-    output_scale: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
-        if linear.in_features > arithmetic.MAX_REDUCTION:
-            raise ValueError(f"a reduction of {linear.in_features} exceeds {arithmetic.MAX_REDUCTION}")
-        self.register_buffer("weight_codes", torch.from_numpy(linear.codes.astype(np.float32)))
-        # Tensors, not Python numbers: torch may turn a division by a number into a product with its reciprocal.
-        self.register_buffer("input_scale", torch.tensor([linear.input_scale], dtype=torch.float32))
-        output_scale = np.float32(linear.input_scale) * np.float32(linear.weight_scale)
-        self.register_buffer("output_scale", torch.tensor([output_scale], dtype=torch.float32))
+        self.input_bits = linear.input_bits
+        self.rotation = HadamardTransform(linear.weight.columns) if linear.rotated else None
+        dtype = np.dtype(np.float32)
+        if linear.input_bits < 16:
+            dtype = arithmetic.sum_dtype(linear.weight.columns, linear.input_bits, linear.weight.bits)
+        self.register_buffer("weight_codes", torch.from_numpy(linear.weight.codes.astype(dtype)))
+        self.register_buffer("weight_scale", torch.from_numpy(linear.weight.scale))
+        # A tensor, not a Python number: torch may turn a division by a number into a product with its reciprocal.
+        scale = None if linear.input_scale is None else torch.tensor([linear.input_scale], dtype=torch.float32)
+        self.register_buffer("input_scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = torch.round(x / self.input_scale).clamp(arithmetic.Q_MIN, arithmetic.Q_MAX)
-        return nn.functional.linear(codes, self.weight_codes) * self.output_scale
+        if self.rotation is not None:
+            x = self.rotation(x)
+        if self.input_bits == 16:
+            return F.linear(x, self.weight_codes) * self.weight_scale
+        scale = token_scales(x, self.input_bits) if self.input_scale is None else self.input_scale
+        codes = torch.round(x / scale).clamp(*arithmetic.code_range(self.input_bits))
+        sums = F.linear(codes.to(self.weight_codes.dtype), self.weight_codes).float()
+        return sums * (scale * self.weight_scale)
 
 
-def load_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """The checkpoint's tensors, and no others, in a float32 `LlamaForCausalLM` ready for inference.
+class DequantizedEmbedding(nn.Embedding):
+    """A quantized embedding, widened."""
 
-    The linear layers of a 4-bit checkpoint become `SimulatedLinear`; everything else computes in float32.
-    """
-    fields = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
-    config = LlamaConfig.from_dict({key: value for key, value in fields.items() if key != "quantization_config"})
+    def __init__(self, table: QuantizedWeight) -> None:
+        rows, columns = table.shape
+        super().__init__(rows, columns, _weight=torch.from_numpy(table.dequantized()))
+
+
+def token_scales(x: Tensor, bits: int) -> Tensor:
+    """`arithmetic.token_scales` of finite rows: [..., 1]."""
+    absmax = x.abs().amax(-1, keepdim=True)
+    highest = torch.tensor(arithmetic.code_range(bits)[1], dtype=x.dtype, device=x.device)
+    scales = (absmax / highest).clamp_min(float(arithmetic.BFLOAT16_TINY))
+    return torch.where(absmax == 0, 1.0, scales)
+
+
+def simulate_kv(x: Tensor, bits: int) -> Tensor:
+    """Quantizes and dequantizes keys or values [..., C] as `arithmetic.quantize_kv` does; finite ones only."""
+    levels = torch.tensor(2**bits - 1, dtype=x.dtype, device=x.device)
+    lowest, highest = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    scale = (highest / levels - lowest / levels).bfloat16().to(x.dtype)
+    scale = scale.clamp(float(arithmetic.BFLOAT16_TINY), float(arithmetic.BFLOAT16_MAX))
+    scale = torch.where((lowest == 0) & (highest == 0), 1.0, scale)
+    zero = torch.round(-lowest / scale).clamp(min=0).minimum(levels)
+    codes = (torch.round(x / scale) + zero).clamp(min=0).minimum(levels)
+    return (codes - zero) * scale
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of unpadded windows, over keys and values as the cache would hold them. All [B, heads, L, C]."""
+    kv_bits = getattr(module, "kv_bits", 16)
+    if kv_bits == 4:
+        query, key = module.qk_rotation(query), module.qk_rotation(key)  # type: ignore[operator]
+    if kv_bits < 16:
+        key, value = simulate_kv(key, kv_bits), simulate_kv(value, kv_bits)
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return mixed.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+
+
+def quantize_cache(block: LlamaDecoderLayer, kv_bits: int) -> None:
+    """Makes the attention of a block see keys and values of so many bits."""
+    attention: Any = block.self_attn
+    attention.kv_bits = kv_bits
+    attention.qk_rotation = HadamardTransform(attention.head_dim) if kv_bits == 4 else None
+
+
+def transformers_config(source: WeightSource) -> LlamaConfig:
+    """The model's config.json as transformers has it, without quantization, with the attention of this module."""
+    fields = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    fields = {key: value for key, value in fields.items() if key != "quantization_config"}
+    fields["tie_word_embeddings"] = source.config.tie_word_embeddings
+    return LlamaConfig.from_dict(fields, attn_implementation=ATTENTION)
+
+
+def build_block(source: WeightSource, config: LlamaConfig, layer: int) -> LlamaDecoderLayer:
+    """One transformer block with its weights, float32, for inference. `config` is that of `transformers_config`."""
+    prefix = f"model.layers.{layer}"
     with torch.device("meta"):  # allocates and initializes nothing
+        block = LlamaDecoderLayer(config, layer)
+    state: dict[str, Tensor] = {}
+    for suffix in LINEAR_SITES.values():
+        linear = source.linear(f"{prefix}.{suffix}")
+        if isinstance(linear, QuantizedLinear):
+            block.set_submodule(suffix, SimulatedLinear(linear))
+            state |= block.get_submodule(suffix).state_dict(prefix=f"{suffix}.")
+        else:
+            state[f"{suffix}.weight"] = widened(linear)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        state[f"{norm}.weight"] = widened(source.norm(f"{prefix}.{norm}.weight"))
+    block.load_state_dict(state, strict=True, assign=True)
+    quantize_cache(block, source.scheme.kv_bits if source.scheme else 16)
+    return block.train(False).requires_grad_(False)
+
+
+def build_embedding(source: WeightSource) -> nn.Embedding:
+    """The embedding, float32, for inference."""
+    table = source.embedding()
+    if isinstance(table, QuantizedWeight):
+        return DequantizedEmbedding(table).requires_grad_(False)
+    return nn.Embedding(table.shape[0], table.shape[1], _weight=widened(table)).requires_grad_(False)
+
+
+def build_head(source: WeightSource) -> nn.Module:
+    """The head, without the norm before it, float32, for inference."""
+    head = source.head()
+    if isinstance(head, QuantizedLinear):
+        return SimulatedLinear(head)
+    linear = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(widened(head), requires_grad=False)
+    return linear
+
+
+def load_model(source: WeightSource) -> LlamaForCausalLM:
+    """The whole model in a float32 `LlamaForCausalLM` for inference, with causal attention over unpadded windows."""
+    config = transformers_config(source)
+    with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # computed, not stored, so it must not stay on "meta"
-
-    state = {name: _tensor(values) for name, values in checkpoint.floats.items()}
-    if checkpoint.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    for name, linear in checkpoint.linears.items():
-        if isinstance(linear, QuantizedLinear):
-            module = SimulatedLinear(linear)
-            model.set_submodule(name, module)
-            state |= module.state_dict(prefix=f"{name}.")
-        else:
-            state[f"{name}.weight"] = _tensor(linear)
-    model.load_state_dict(state, strict=True, assign=True)
+    model.model.embed_tokens = build_embedding(source)
+    for layer in range(config.num_hidden_layers):
+        model.model.layers[layer] = build_block(source, config, layer)
+    model.model.norm.weight = nn.Parameter(widened(source.norm("model.norm.weight")))
+    model.lm_head = build_head(source)
+    if config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
+        model.lm_head.weight = model.model.embed_tokens.weight
     model.train(False)
     model.requires_grad_(False)
     return model
 
 
-def _tensor(values: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32, copy=False))
+def widened(values: NDArray[Any]) -> Tensor:
+    """As a float32 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32))

@@ -13,9 +13,11 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quant import arithmetic
-from quant.format import QuantizedLinear, read_checkpoint, sha256, write_json, write_quantized
+from quant.format import EMBEDDING, HEAD, read_checkpoint, sha256, write_json, write_quantized
+from quant.hadamard import Hadamard
 from quant.llama import CheckpointError, LlamaConfig
-from quant.scheme import named
+from quant.scheme import LinearScheme, Scheme, named
+from quant.weights import QuantizedLinear, QuantizedWeight, stored_tensors
 
 BASE = {
     "model_type": "llama",
@@ -77,9 +79,10 @@ def random_weights(config: LlamaConfig, seed: int = 0) -> dict[str, NDArray[Any]
     weights = {}
     for name, (rows, columns) in config.linear_shapes().items():
         weights[f"{name}.weight"] = rng.normal(0, 1.5 / np.sqrt(columns), (rows, columns)).astype(np.float32)
-    for name, shape in config.float_shapes().items():
-        one = name.endswith("norm.weight")
-        weights[name] = (rng.uniform(0.5, 1.5, shape) if one else rng.normal(0, 0.3, shape)).astype(np.float32)
+    for name, shape in config.table_shapes().items():
+        weights[f"{name}.weight"] = rng.normal(0, 0.3, shape).astype(np.float32)
+    for name in config.norm_names():
+        weights[name] = rng.uniform(0.5, 1.5, config.hidden_size).astype(np.float32)
     return weights
 
 
@@ -95,26 +98,54 @@ def write_full_precision(root: Path, dtype: Any = np.float32, seed: int = 0, **o
     return root
 
 
+def quantized_weight(weight_MK: NDArray[Any], bits: int, granularity: str) -> QuantizedWeight:
+    """Rounds a matrix by its absmax."""
+    rows = weight_MK if granularity == "channel" else weight_MK.reshape(1, -1)
+    scale = np.array([arithmetic.tensor_scale(float(np.abs(row).max()), bits=bits) for row in rows], np.float32)
+    return QuantizedWeight.from_codes(arithmetic.quantize(weight_MK, scale[:, None], bits), bits, scale)
+
+
+def quantized_linear(weight_MK: NDArray[Any], linear: LinearScheme, rotated: bool, input_absmax: float) -> Any:
+    """What a linear layer is in a scheme; its weight is rotated if `rotated`."""
+    if rotated:
+        weight_MK = Hadamard.of_width(weight_MK.shape[1]).apply(weight_MK)
+    if linear.weight_bits == 16:
+        return weight_MK
+    scale = arithmetic.tensor_scale(input_absmax, bits=linear.activation_bits) if linear.static else None
+    weight = quantized_weight(weight_MK, linear.weight_bits, linear.weight_granularity)
+    return QuantizedLinear(weight, linear.activation_bits, scale, rotated)
+
+
 def write_4bit(
-    root: Path, seed: int = 0, write_tokenizer: TokenizerWriter = write_word_tokenizer, **overrides: Any
+    root: Path,
+    seed: int = 0,
+    write_tokenizer: TokenizerWriter = write_word_tokenizer,
+    scheme: Scheme = named("w4a4"),  # noqa: B008 - immutable
+    **overrides: Any,
 ) -> Path:
-    """A W4A4 checkpoint with random weights, quantized by absmax; `overrides` go into config.json."""
+    """A quantized checkpoint with random weights, rounded by absmax; `overrides` go into config.json."""
     root.mkdir(parents=True, exist_ok=True)
     config_json = {**BASE, **overrides}
     config = LlamaConfig.from_json(root, config_json)
     weights = random_weights(config, seed)
-    linears = {}
-    for i, (name, (_, columns)) in enumerate(config.linear_shapes().items()):
+    tensors: dict[str, NDArray[Any]] = {}
+    for i, name in enumerate(config.linear_shapes() | config.table_shapes()):
         weight_MK = weights.pop(f"{name}.weight")
-        scale = arithmetic.tensor_scale(float(np.abs(weight_MK).max()))
-        packed = arithmetic.pack(arithmetic.quantize(weight_MK, scale))
-        linears[name] = QuantizedLinear(packed, columns, scale, arithmetic.tensor_scale(1.5 + 0.1 * i))
+        if name == EMBEDDING:
+            bits = scheme.embedding_bits
+            value = weight_MK if bits == 16 else quantized_weight(weight_MK, bits, "channel")
+        else:
+            rotated = name.endswith("down_proj") and scheme.hadamard != "none"
+            value = quantized_linear(weight_MK, scheme.linear(name), rotated, 1.5 + (0 if name == HEAD else 0.1 * i))
+        tensors |= stored_tensors(name, value)
+    for name, weight_D in weights.items():
+        tensors |= stored_tensors(name.removesuffix(".weight"), weight_D)
     write_tokenizer(root, config.vocab_size)
     provenance = {
         "tokenizer_sha256": sha256(root / "tokenizer.json"),
-        "quality": {"perplexity_16bit": 10.0, "perplexity_w4a4": 10.5},
+        "quality": {"perplexity_16bit": 10.0, "perplexity": 10.5},
     }
-    write_quantized(root, config_json, named("w4a4"), linears, weights, provenance)
+    write_quantized(root, config_json, scheme, tensors, provenance)
     return root
 
 
