@@ -1,4 +1,4 @@
-"""A histogram of a tensor's values, and the symmetric 4-bit scale that loses least of them.
+"""A histogram of a tensor's values, and the symmetric scale of 4 or 8 bits that loses least of them.
 
 The bins are the bfloat16 numbers: 65,536 of them, about 0.8 % wide, sign included. Memory is bounded, one pass
 over the values is enough, no range has to be known beforehand, and for bfloat16 weights nothing is lost at all.
@@ -6,6 +6,7 @@ over the values is enough, no range has to be known beforehand, and for bfloat16
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from quant import arithmetic
 
 BINS = 2**16
+CHUNK = 2**16
+"""Values that are counted at a time: their copies then stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class ScaleChoice:
 
     Attributes:
         scale: bfloat16-representable, > 0.
-        clip_ratio: the bound `7 * scale` as a share of the absmax; up to 0.4 % above 1 where `scale` was rounded up.
+        clip_ratio: the bound `highest code * scale` as a share of the absmax; up to 0.4 % above 1 where `scale` was
+            rounded up. 1 where all values are zero.
         mse: mean squared error of the values in the histogram, in squared units of the tensor.
     """
 
@@ -51,21 +55,35 @@ class Histogram:
             NonFiniteError: a value is NaN or infinite; `name` says of what.
         """
         arithmetic.require_finite(values, name)
-        if values.size == 0:
-            return
-        self.absmax = max(self.absmax, float(np.abs(values).max()))
-        with np.errstate(over="ignore"):  # `choose_scale` brings what rounds to infinity back
-            bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
-        self.counts += np.bincount(bits.ravel(), minlength=BINS)
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, CHUNK):
+            chunk = flat[start : start + CHUNK].astype(np.float32)
+            self.absmax = max(self.absmax, float(np.abs(chunk).max()))
+            with np.errstate(over="ignore"):  # `choose_scale` brings what rounds to infinity back
+                bits = chunk.astype(ml_dtypes.bfloat16).view(np.uint16)
+            self.counts += np.bincount(bits, minlength=BINS)
 
-    def choose_scale(self, name: str) -> ScaleChoice:
-        """The scale with the least squared error among all bfloat16 numbers that can be the best one.
+    def choose_scale(self, name: str, bits: int = 4, norm: float = 2.0, percentile: float | None = None) -> ScaleChoice:
+        """The scale with the least error among all bfloat16 numbers, or that of a percentile.
 
-        From above they are bounded by the scale that clips nothing. From below: a bound under half the mean
-        magnitude clips away more than it keeps, so that no finer step can win. Between the two, every one is tried:
-        a heavy tail wants a bound far below the absmax, and the error has many local minima where values are few.
+        The error is the mean of `|x - code * scale| ** norm`. All scales that can be the best are tried, for it has
+        many local minima where values are few. From above they are bounded by the one that clips nothing. From below
+        by half the mean magnitude: a scale whose bound lies under that loses to its double. Let L be the highest code
+        and s <= mean / 2 L. Beyond what both clip, 2 s keeps (L - 1) s more of each value, and it rounds the others
+        to within s; `(x - (L + 1) s)+ ** norm - (x - 2 L s)+ ** norm` is convex in x for norm >= 2, so that its mean
+        is at least its value at the mean magnitude, which is at least ((L - 1) s) ** norm.
+
+        Args:
+            name: what to call the tensor in an error.
+            norm: 2 for the mean squared error; larger weighs clipped values more. At least 2.
+            percentile: of the magnitudes, above 0 and at most 100; it is the clip bound, and nothing is searched.
+
+        Raises:
+            ValueError: `norm` or `percentile` is out of range, or so many values are zero that the percentile is.
         """
-        unclipped = arithmetic.tensor_scale(self.absmax, name)
+        if not 2 <= norm < math.inf:
+            raise ValueError(f"the norm of rounding errors must be at least 2, got {norm}")
+        unclipped = arithmetic.tensor_scale(self.absmax, name, bits)
         if self.absmax == 0:
             return ScaleChoice(unclipped, 1.0, 0.0)
         filled = np.flatnonzero(self.counts)
@@ -73,17 +91,32 @@ class Histogram:
         values = np.clip(values, -arithmetic.BFLOAT16_MAX, arithmetic.BFLOAT16_MAX)
         shares = self.counts[filled] / self.total
 
-        mean_magnitude = float(shares @ np.abs(values).astype(np.float64))
-        lowest = min(arithmetic.tensor_scale(mean_magnitude / 2, name), unclipped)
-        scales = _bfloat16_between(lowest, unclipped)
-        errors = [_mean_squared_error(values, shares, scale) for scale in scales]
-        best = len(errors) - 1 - int(np.argmin(errors[::-1]))  # of equals the widest, which clips least
-        return ScaleChoice(scales[best], clip_ratio(scales[best], self.absmax), errors[best])
+        if percentile is None:
+            mean_magnitude = float(shares @ np.abs(values).astype(np.float64))
+            lowest = min(arithmetic.tensor_scale(mean_magnitude / 2, name, bits), unclipped)
+            candidates = _bfloat16_between(lowest, unclipped)
+            errors = [_mean_error(values, shares, scale, bits, norm) for scale in candidates]
+            scale = candidates[len(errors) - 1 - int(np.argmin(errors[::-1]))]  # of equals the one that clips least
+        else:
+            scale = arithmetic.tensor_scale(self._percentile(percentile, name), name, bits)
+        return ScaleChoice(scale, clip_ratio(scale, self.absmax, bits), _mean_error(values, shares, scale, bits, 2.0))
+
+    def _percentile(self, percentile: float, name: str) -> float:
+        """The least magnitude that so many percent of the values do not exceed, to the width of a bin."""
+        if not 0 < percentile <= 100:
+            raise ValueError(f"a percentile lies above 0 and at most at 100, got {percentile}")
+        # The lower 15 bits of a bfloat16 count up with its magnitude; the highest one is the sign.
+        cumulative = np.cumsum(self.counts[: BINS // 2] + self.counts[BINS // 2 :])
+        magnitude = int(np.searchsorted(cumulative, math.ceil(percentile / 100 * self.total)))
+        bound = float(np.array([magnitude], np.uint16).view(ml_dtypes.bfloat16)[0])
+        if bound == 0:
+            raise ValueError(f"{name}: {percentile} % of the values are zero, so that their percentile bounds nothing")
+        return min(bound, self.absmax)
 
 
-def clip_ratio(scale: np.float32, absmax: float) -> float:
-    """The largest magnitude that `scale` holds with code 7, as a share of `absmax` > 0."""
-    return arithmetic.Q_MAX * float(scale) / absmax
+def clip_ratio(scale: np.float32, absmax: float, bits: int = 4) -> float:
+    """The largest magnitude that `scale` holds with the highest code, as a share of `absmax` > 0."""
+    return arithmetic.code_range(bits)[1] * float(scale) / absmax
 
 
 def _bfloat16_between(low: np.float32, high: np.float32) -> NDArray[np.float32]:
@@ -93,6 +126,8 @@ def _bfloat16_between(low: np.float32, high: np.float32) -> NDArray[np.float32]:
     return np.asarray(bits.view(ml_dtypes.bfloat16), np.float32)
 
 
-def _mean_squared_error(values: NDArray[np.float32], shares: NDArray[np.float64], scale: np.float32) -> float:
-    errors = values.astype(np.float64) - arithmetic.quantize(values, scale) * float(scale)
-    return float(shares @ np.square(errors))
+def _mean_error(
+    values: NDArray[np.float32], shares: NDArray[np.float64], scale: np.float32, bits: int, norm: float
+) -> float:
+    errors = np.abs(values.astype(np.float64) - arithmetic.quantize(values, scale, bits) * float(scale))
+    return float(shares @ (np.square(errors) if norm == 2 else errors**norm))
