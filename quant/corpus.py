@@ -29,11 +29,13 @@ class Corpus:
             without documents of white space only, and whole where a limit has cut the last one. For a single .txt
             file without carriage returns, that of the file.
         documents: token ids of each.
+        cut: a limit of tokens has left some of the text unread.
     """
 
     source: str | list[str]
     sha256: str
     documents: list[list[int]]
+    cut: bool = False
 
     @property
     def tokens(self) -> int:
@@ -59,7 +61,10 @@ class Corpus:
             kept.append(tokens[:room])
             held.append(tokens[room:])
             room = max(0, room - len(tokens))
-        return Corpus(self.source, self.sha256, kept), Corpus("held back from calibration", self.sha256, held)
+        return (
+            Corpus(self.source, self.sha256, kept, self.cut),
+            Corpus("held back from calibration", self.sha256, held, self.cut),
+        )
 
 
 def read_corpus(paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer, limit: int | None = None) -> Corpus:
@@ -71,12 +76,15 @@ def read_corpus(paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer, l
     Raises:
         TextError: as `text.read_documents`.
     """
-    digest, documents, tokens = hashlib.sha256(), [], 0
+    digest, documents, tokens, cut = hashlib.sha256(), [], 0, False
     for document in read_documents(paths or [BUNDLED_TEXT]):
+        if tokens == limit:
+            cut = True
+            break
         digest.update(document.encode())
         ids = tokenizer.encode(document).ids
-        documents.append(ids if limit is None else ids[: limit - tokens])
-        tokens += len(documents[-1])
-        if tokens == limit:
-            break
-    return Corpus([Path(path).name for path in paths] or "bundled", digest.hexdigest(), documents)
+        kept = ids if limit is None else ids[: limit - tokens]
+        cut = len(kept) < len(ids)
+        documents.append(kept)
+        tokens += len(kept)
+    return Corpus([Path(path).name for path in paths] or "bundled", digest.hexdigest(), documents, cut)

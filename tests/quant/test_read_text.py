@@ -92,6 +92,9 @@ def test_reading_stops_at_the_limit(tokenizer, tmp_path):
     assert [tokenizer.decode(d) for d in read_corpus([file], tokenizer, limit=5).documents] == ["aaaa", "b"]
     for limit in (1, 3, 4, 5, 8, 11, 12, 13, 400):
         assert read_corpus([file], tokenizer, limit=limit).tokens == min(limit, 12)
+        assert read_corpus([file], tokenizer, limit=limit).cut == (limit < 12)
+    assert not read_corpus([file], tokenizer).cut
+    assert [part.cut for part in read_corpus([file], tokenizer, limit=8).hold_back()] == [True, True]
     assert read_corpus([file], tokenizer, limit=5).source == ["a.jsonl"]
     assert read_corpus([file], tokenizer).tokens == 12
 
