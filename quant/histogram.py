@@ -26,7 +26,7 @@ class ScaleChoice:
 
     Attributes:
         scale: bfloat16-representable, > 0.
-        clip_ratio: the bound `highest code * scale` as a share of the absmax; up to 0.4 % above 1 where `scale` was
+        clip_ratio: the bound `highest code * scale` as a share of the absmax; up to 0.8 % above 1 where `scale` was
             rounded up. 1 where all values are zero.
         mse: mean squared error of the values in the histogram, in squared units of the tensor.
     """
@@ -64,14 +64,15 @@ class Histogram:
             self.counts += np.bincount(bits, minlength=BINS)
 
     def choose_scale(self, name: str, bits: int = 4, norm: float = 2.0, percentile: float | None = None) -> ScaleChoice:
-        """The scale with the least error among all bfloat16 numbers, or that of a percentile.
+        """The bfloat16 scale with the least error, or that of a percentile.
 
-        The error is the mean of `|x - code * scale| ** norm`. All scales that can be the best are tried, for it has
-        many local minima where values are few. From above they are bounded by the one that clips nothing. From below
-        by half the mean magnitude: a scale whose bound lies under that loses to its double. Let L be the highest code
-        and s <= mean / 2 L. Beyond what both clip, 2 s keeps (L - 1) s more of each value, and it rounds the others
-        to within s; `(x - (L + 1) s)+ ** norm - (x - 2 L s)+ ** norm` is convex in x for norm >= 2, so that its mean
-        is at least its value at the mean magnitude, which is at least ((L - 1) s) ** norm.
+        The error is the mean of `|x - code * scale| ** norm`. It has many local minima where values are few, so every
+        scale between two bounds is tried. The upper one is the first that clips nothing; beyond it, steps only grow.
+        The lower one has its clip bound at half the mean magnitude; a scale s below it loses to its double. For let
+        L be the highest code, and x a magnitude. The error under s is at least (x - (L + 1) s)+, that under 2 s at
+        most the larger of s and (x - 2 L s)+. Raised to a norm of at least 2, the difference of the two clipped parts
+        is a convex function of x, so its mean is at least its value at the mean x. Where that is at least 2 L s, the
+        value is ((L - 1) s) ** norm or more, and that exceeds s ** norm.
 
         Args:
             name: what to call the tensor in an error.
@@ -81,20 +82,17 @@ class Histogram:
         Raises:
             ValueError: `norm` or `percentile` is out of range, or so many values are zero that the percentile is.
         """
-        if not 2 <= norm < math.inf:
-            raise ValueError(f"the norm of rounding errors must be at least 2, got {norm}")
-        unclipped = arithmetic.tensor_scale(self.absmax, name, bits)
+        require_norm(norm)
         if self.absmax == 0:
-            return ScaleChoice(unclipped, 1.0, 0.0)
+            return ScaleChoice(arithmetic.tensor_scale(0, name, bits), 1.0, 0.0)
         filled = np.flatnonzero(self.counts)
-        values = filled.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
-        values = np.clip(values, -arithmetic.BFLOAT16_MAX, arithmetic.BFLOAT16_MAX)
+        values = np.clip(bfloat16_numbers(filled), -arithmetic.BFLOAT16_MAX, arithmetic.BFLOAT16_MAX)
         shares = self.counts[filled] / self.total
 
         if percentile is None:
             mean_magnitude = float(shares @ np.abs(values).astype(np.float64))
-            lowest = min(arithmetic.tensor_scale(mean_magnitude / 2, name, bits), unclipped)
-            candidates = _bfloat16_between(lowest, unclipped)
+            first, last = scale_patterns(np.array([mean_magnitude / 2, self.absmax], np.float32), bits)
+            candidates = bfloat16_numbers(np.arange(min(first, last), last + 1))
             errors = [_mean_error(values, shares, scale, bits, norm) for scale in candidates]
             scale = candidates[len(errors) - 1 - int(np.argmin(errors[::-1]))]  # of equals the one that clips least
         else:
@@ -108,10 +106,16 @@ class Histogram:
         # The lower 15 bits of a bfloat16 count up with its magnitude; the highest one is the sign.
         cumulative = np.cumsum(self.counts[: BINS // 2] + self.counts[BINS // 2 :])
         magnitude = int(np.searchsorted(cumulative, math.ceil(percentile / 100 * self.total)))
-        bound = float(np.array([magnitude], np.uint16).view(ml_dtypes.bfloat16)[0])
+        bound = float(bfloat16_numbers(np.array([magnitude]))[0])
         if bound == 0:
             raise ValueError(f"{name}: {percentile} % of the values are zero, so that their percentile bounds nothing")
         return min(bound, self.absmax)
+
+
+def require_norm(norm: float) -> None:
+    """Raises `ValueError` unless the exponent of rounding errors is one that scales can be searched by."""
+    if not 2 <= norm < math.inf:
+        raise ValueError(f"the norm of rounding errors must be at least 2, got {norm}")
 
 
 def clip_ratio(scale: np.float32, absmax: float, bits: int = 4) -> float:
@@ -119,11 +123,21 @@ def clip_ratio(scale: np.float32, absmax: float, bits: int = 4) -> float:
     return arithmetic.code_range(bits)[1] * float(scale) / absmax
 
 
-def _bfloat16_between(low: np.float32, high: np.float32) -> NDArray[np.float32]:
-    # The bit patterns of positive floats count upward in the order of the numbers.
-    first, last = (int(np.asarray(bound, ml_dtypes.bfloat16).view(np.uint16)) for bound in (low, high))
-    bits = np.arange(first, last + 1, dtype=np.uint16)
-    return np.asarray(bits.view(ml_dtypes.bfloat16), np.float32)
+def scale_patterns(bounds: NDArray[np.float32], bits: int) -> NDArray[np.int32]:
+    """The bit pattern of the first bfloat16 scale that clips nothing up to each bound, and that may be a scale.
+
+    The patterns of positive numbers count upward as the numbers do: one more is the next larger scale.
+    """
+    quotients = bounds / np.float32(arithmetic.code_range(bits)[1])
+    quotients = np.clip(quotients, arithmetic.BFLOAT16_TINY, arithmetic.BFLOAT16_MAX)
+    upper_half: NDArray[np.int32] = (quotients.view(np.int32) + 0xFFFF) >> 16
+    return upper_half
+
+
+def bfloat16_numbers(patterns: NDArray[np.int32] | NDArray[np.int64]) -> NDArray[np.float32]:
+    """The numbers of bit patterns, widened to float32."""
+    numbers: NDArray[np.float32] = patterns.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+    return numbers
 
 
 def _mean_error(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from quant import arithmetic
-from quant.histogram import Histogram
+from quant.histogram import Histogram, bfloat16_numbers, require_norm, scale_patterns
 from quant.weights import QuantizedWeight
 
 CHUNK = 2**16
@@ -95,19 +94,23 @@ def choose_scales(
 ) -> NDArray[np.float32]:
     """The scales under which rounding [M, K] to the nearest codes loses least: float32, bfloat16-representable.
 
-    One for the tensor is the best there is (`Histogram.choose_scale`). One a row comes from a grid that closes in:
-    a few tenths of a percent of error may be missed, which a full search of each row is not worth.
+    The one of a tensor is searched in full (`Histogram.choose_scale`). Those of rows come from a grid that closes in:
+    it loses a percent of error to a full search, or what happens to fit where a row has few distinct values.
 
     Returns:
         [1] for granularity "tensor", [M] for "channel". Zero tensors and zero rows have scale 1.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite; the message has `name`.
+        ValueError: another granularity, or `norm` is below 2.
     """
+    if granularity not in ("tensor", "channel"):
+        raise ValueError(f"{name}: scales are found by tensor or by channel, not by {granularity!r}")
     if granularity == "tensor":
         histogram = Histogram()
         histogram.add(weight_MK, name)
         return np.array([histogram.choose_scale(name, bits, norm).scale])
+    require_norm(norm)
     arithmetic.require_finite(weight_MK, name)
     scales_M = np.empty(len(weight_MK), np.float32)
     for rows in _row_chunks(weight_MK):
@@ -125,13 +128,13 @@ def _search_rows(rows_RK: NDArray[np.float32], bits: int, norm: float) -> NDArra
     exponents_R1 = np.frexp(absmax_R1)[1]
     rows_RK, absmax_R1 = np.ldexp(rows_RK, -exponents_R1), np.ldexp(absmax_R1, -exponents_R1)
     mean_R1 = np.abs(rows_RK).mean(axis=1, keepdims=True)
+    lowest_R1, highest_R1 = (scale_patterns(bound_R1, bits) for bound_R1 in (mean_R1 / 2, absmax_R1))
     codes = arithmetic.code_range(bits)
-    lowest_R1, highest_R1 = (_patterns(bound / np.float32(codes[1])) for bound in (mean_R1 / 2, absmax_R1))
 
     errors_RK = np.empty_like(rows_RK)
 
     def errors_of(patterns_R1: NDArray[np.int32]) -> NDArray[np.float32]:
-        scales_R1 = _numbers(patterns_R1)
+        scales_R1 = bfloat16_numbers(patterns_R1)
         # `arithmetic.quantize` in place, as floats: this runs some 30 times over every weight.
         np.rint(np.divide(rows_RK, scales_R1, out=errors_RK), out=errors_RK)
         np.multiply(np.clip(errors_RK, *codes, out=errors_RK), scales_R1, out=errors_RK)
@@ -158,19 +161,11 @@ def _search_rows(rows_RK: NDArray[np.float32], bits: int, norm: float) -> NDArra
         around_R1 = best_R1
         for i in (-3, -2, -1, 1, 2, 3):
             try_patterns(around_R1 + i * steps_R1)
-    scales_R1 = np.clip(np.ldexp(_numbers(best_R1), exponents_R1), arithmetic.BFLOAT16_TINY, arithmetic.BFLOAT16_MAX)
+    scales_R1 = np.clip(
+        np.ldexp(bfloat16_numbers(best_R1), exponents_R1), arithmetic.BFLOAT16_TINY, arithmetic.BFLOAT16_MAX
+    )
     chosen_R1: NDArray[np.float32] = np.where(absmax_R1 == 0, np.float32(1), scales_R1)
     return chosen_R1[:, 0]
-
-
-def _patterns(values: NDArray[np.float32]) -> NDArray[np.int32]:
-    patterns: NDArray[np.int32] = values.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.int32)
-    return patterns
-
-
-def _numbers(patterns: NDArray[np.int32]) -> NDArray[np.float32]:
-    numbers: NDArray[np.float32] = patterns.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
-    return numbers
 
 
 def _check_scales(scales: NDArray[np.float32], name: str, shape: tuple[int, ...]) -> None:
