@@ -26,6 +26,9 @@ from quant.weights import QuantizedLinear, QuantizedWeight
 ATTENTION = "osp"
 """What the attention of this module is called in transformers' registry."""
 
+LARGEST_SYLVESTER = 128
+"""The order up to which a Sylvester matrix is multiplied with as it is."""
+
 Weight = NDArray[Any] | QuantizedLinear
 
 
@@ -43,23 +46,31 @@ class WeightSource(Protocol):
 
 
 class HadamardTransform(nn.Module):
-    """`Hadamard.apply` over the last axis, as two matrix products: equal to it up to the order of summation."""
+    """`Hadamard.apply` over the last axis, as matrix products: equal to it up to the order of summation."""
 
     base: Tensor
-    power: Tensor
+    high: Tensor
+    low: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.shape = Hadamard.of_width(width)
         root = (self.shape.base * self.shape.power) ** -0.5
-        self.register_buffer("base", torch.from_numpy(base_matrix(self.shape.base) * root), persistent=False)
-        self.register_buffer(
-            "power", torch.from_numpy(sylvester(self.shape.power).astype(np.float64)), persistent=False
-        )
+        # A Sylvester matrix is the Kronecker product of smaller ones: two of order 64 to 128 rather than one of 8,192.
+        low = min(self.shape.power, LARGEST_SYLVESTER)
+        matrices = {
+            "base": base_matrix(self.shape.base) * root,
+            "high": sylvester(self.shape.power // low).astype(np.float64),
+            "low": sylvester(low).astype(np.float64),
+        }
+        for name, matrix in matrices.items():
+            self.register_buffer(name, torch.from_numpy(matrix), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(*x.shape[:-1], self.shape.blocks, self.shape.base, self.shape.power)
-        return (self.base.to(x.dtype) @ (rows @ self.power.to(x.dtype))).reshape(x.shape)
+        rows = x.reshape(-1, len(self.high), len(self.low)) @ self.low.to(x.dtype)
+        if len(self.high) > 1:
+            rows = self.high.to(x.dtype) @ rows
+        return (self.base.to(x.dtype) @ rows.reshape(-1, self.shape.base, self.shape.power)).reshape(x.shape)
 
 
 class SimulatedLinear(nn.Module):
