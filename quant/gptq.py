@@ -113,6 +113,6 @@ def _inverse_factor(hessian_KK: Tensor, name: str, damping: float) -> Tensor:
     if fault:
         raise NotPositiveDefiniteError(f"{name}: the Hessian of its inputs is not positive definite")
     del reversed_KK
-    identity_KK = torch.eye(len(lower_KK), dtype=torch.float64)
-    inverse_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False, out=identity_KK)
+    inverse_KK = torch.eye(len(lower_KK), dtype=torch.float64)
+    torch.linalg.solve_triangular(lower_KK, inverse_KK, upper=False, out=inverse_KK)
     return inverse_KK.float().flip(0, 1)
