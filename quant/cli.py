@@ -1,4 +1,4 @@
-"""`osp quantize`: the command, its table and its errors. torch is imported only when it runs."""
+"""`osp quantize`: the command, its options and its errors. torch is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -9,24 +9,79 @@ from typing import Any
 import click
 
 from quant.arithmetic import NonFiniteError
+from quant.clip import ClipSearch
 from quant.llama import CheckpointError
-from quant.scheme import SCHEMES, SchemeError, named
+from quant.partial import OtherRunError
+from quant.report import OUTLIER_SAFE_RATIO, NotOutlierSafeError, table
+from quant.scheme import HADAMARDS, SCHEMES, Scheme, SchemeError, named, read_scheme
 from quant.text import TextError
 
 TEXT = click.Path(path_type=Path)
+BITS = click.Choice(["16", "8", "4"])
+
+USER_ERRORS = (CheckpointError, NonFiniteError, NotOutlierSafeError, OSError, OtherRunError, SchemeError, TextError)
+
+
+def _parse_clip(_ctx: click.Context, _param: click.Parameter, value: str) -> ClipSearch:
+    try:
+        return ClipSearch.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command(short_help="Turn a Hugging Face Llama into a 4-bit checkpoint.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
-@click.option("--scheme", default="w4a4", show_default=True, help=f"What to quantize: {', '.join(SCHEMES)}.")
+@click.option(
+    "--scheme", default="w4a4", show_default=True, help=f"What to quantize: {', '.join(SCHEMES)}, or a YAML file."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["rtn", "gptq"]),
+    default="rtn",
+    show_default=True,
+    help="How weights are rounded: to nearest, or so that their errors make up for each other.",
+)
+@click.option("--hadamard", type=click.Choice(HADAMARDS), help="Rotate outliers away.  [default: as the scheme says]")
+@click.option("--kv", type=BITS, help="Bits of keys and values in the cache.  [default: as the scheme says]")
+@click.option("--head", type=BITS, help="Bits of the head.  [default: as the scheme says]")
+@click.option("--embedding", type=BITS, help="Bits of the embedding.  [default: as the scheme says]")
+@click.option(
+    "--clip",
+    callback=_parse_clip,
+    default="mse",
+    metavar="mse|pNORM|PERCENT",
+    show_default=True,
+    help="What scales are searched for: mse, the mean of another power of the error (p2.4), or, for activations, to "
+    "hold so many percent of the values (99.99).",
+)
 @click.option(
     "--calibration", type=TEXT, multiple=True, help="Text for activation ranges: .txt, .md, .jsonl, directory."
 )
+@click.option(
+    "--calibration-tokens", type=click.IntRange(min=2), default=65_536, show_default=True, help="Read no more of it."
+)
 @click.option("--eval", "heldout", type=TEXT, multiple=True, help="Text to measure perplexity on, before and after.")
+@click.option(
+    "--max-ratio",
+    type=click.FloatRange(min=0),
+    default=OUTLIER_SAFE_RATIO,
+    show_default=True,
+    help="By which perplexity may grow before the model is said not to be outlier-safe.",
+)
+@click.option("--strict", is_flag=True, help="A model that is not outlier-safe is an error; nothing is written.")
+@click.option("--resume", is_flag=True, help="Go on after the last layer that an interrupted run has finished.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def quantize(
-    checkpoint: Path, out: Path, scheme: str, calibration: tuple[Path, ...], heldout: tuple[Path, ...], as_json: bool
+    checkpoint: Path,
+    out: Path,
+    scheme: str,
+    hadamard: str | None,
+    kv: str | None,
+    head: str | None,
+    embedding: str | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Turn the Hugging Face Llama directory CHECKPOINT into a 4-bit checkpoint.
 
@@ -36,37 +91,35 @@ def quantize(
     from quant.convert import quantize_checkpoint
 
     try:
-        report = quantize_checkpoint(
-            checkpoint, out, named(scheme), calibration=calibration, heldout=heldout, progress=not as_json
-        )
-    except (CheckpointError, TextError, SchemeError, NonFiniteError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(json.dumps({"out": str(out), **report}) if as_json else _table(out, report))
+        chosen = choose_scheme(scheme, hadamard=hadamard, kv=kv, head=head, embedding=embedding)
+        report = quantize_checkpoint(checkpoint, out, chosen, progress=not as_json, **settings)
+    except USER_ERRORS as error:
+        raise click.ClickException("; ".join([str(error), *getattr(error, "__notes__", [])])) from error
+    except KeyboardInterrupt as error:
+        for note in getattr(error, "__notes__", []):
+            click.echo(note, err=True)
+        raise
+    show(out, report, as_json)
+
+
+def choose_scheme(
+    scheme: str, *, hadamard: str | None, kv: str | None, head: str | None, embedding: str | None
+) -> Scheme:
+    """The scheme of a name or a YAML file, with the settings that were given on the command line.
+
+    Raises:
+        SchemeError: there is none, or it makes no sense.
+    """
+    start = read_scheme(scheme) if scheme.endswith((".yaml", ".yml")) else named(scheme)
+    bits = {"kv_bits": kv, "head": head, "embedding_bits": embedding}
+    changes: dict[str, Any] = {key: int(value) for key, value in bits.items() if value is not None}
+    return start.changed(**changes, **({} if hadamard is None else {"hadamard": hadamard}))
+
+
+def show(out: Path, report: dict[str, Any], as_json: bool) -> None:
+    """Prints a report; what a user should not miss goes to stderr."""
+    click.echo(json.dumps({"out": str(out), **report}) if as_json else f"{table(report)}\nwrote {out}")
+    for note in report["quantization"]["notes"]:
+        click.secho(f"note: {note}", err=True, fg="yellow")
     if report["warning"]:
         click.secho(f"WARNING: {report['warning']}", err=True, fg="red", bold=True)
-
-
-def _table(out: Path, report: dict[str, Any]) -> str:
-    """A line for every linear layer, then where the checkpoint is and how good."""
-    sites, quality = report["quantization"]["sites"], report["quality"]
-    calibration = report["quantization"]["calibration"]
-    width = max(map(len, sites))
-    lines = [f"{'layer':{width}}  {'weight':^29}  {'input':^29}"]
-    lines += [f"{'':{width}}  {'mse':>9} {'clip':>8} {'absmax':>10}  {'kurtosis':>9} {'clip':>8} {'absmax':>10}"]
-    for name, site in sites.items():
-        lines.append(
-            f"{name:{width}}  {site['mse']:9.2e} {site['clip_ratio']:8.3f} {site['absmax']:10.4g}"
-            f"  {site['input_excess_kurtosis']:9.2f} {site['input_clip_ratio']:8.3f} {site['input_absmax']:10.4g}"
-        )
-    lines += [
-        "",
-        f"calibrated on {calibration['tokens']:,} tokens ({_named(calibration['text'])})",
-        f"perplexity {quality['perplexity_16bit']:.4g} -> {quality['perplexity_w4a4']:.4g} (x {quality['ratio']:.4f}) "
-        f"on {quality['tokens']:,} tokens ({_named(quality['text'])})",
-        f"wrote {out}",
-    ]
-    return "\n".join(lines)
-
-
-def _named(text: str | list[str]) -> str:
-    return text if isinstance(text, str) else ", ".join(text)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from quant import arithmetic, llama
 from quant.hadamard import Hadamard, base_matrix, sylvester
@@ -35,10 +35,12 @@ Weight = NDArray[Any] | QuantizedLinear
 class WeightSource(Protocol):
     """Where a model's weights come from: a `CheckpointReader`, or a view of one that changes them."""
 
-    path: Path
-    config: llama.LlamaConfig
-    scheme: Scheme | None
-
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> llama.LlamaConfig: ...
+    @property
+    def scheme(self) -> Scheme | None: ...
     def linear(self, name: str) -> Weight: ...
     def embedding(self) -> NDArray[Any] | QuantizedWeight: ...
     def head(self) -> Weight: ...
@@ -143,9 +145,14 @@ def attend(
     if kv_bits == 4:
         query, key = module.qk_rotation(query), module.qk_rotation(key)  # type: ignore[operator]
     if kv_bits < 16:
-        key, value = simulate_kv(key, kv_bits), simulate_kv(value, kv_bits)
+        key, value = (_straight_through(x, simulate_kv(x, kv_bits)) for x in (key, value))
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return mixed.transpose(1, 2), None
+
+
+def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `x` where there is one."""
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -195,6 +202,13 @@ def build_embedding(source: WeightSource) -> nn.Embedding:
     return nn.Embedding(table.shape[0], table.shape[1], _weight=widened(table)).requires_grad_(False)
 
 
+def build_norm(source: WeightSource) -> LlamaRMSNorm:
+    """The norm before the head, float32, for inference."""
+    norm = LlamaRMSNorm(source.config.hidden_size, source.config.rms_norm_eps)
+    norm.weight = nn.Parameter(widened(source.norm("model.norm.weight")), requires_grad=False)
+    return norm
+
+
 def build_head(source: WeightSource) -> nn.Module:
     """The head, without the norm before it, float32, for inference."""
     head = source.head()
@@ -214,7 +228,7 @@ def load_model(source: WeightSource) -> LlamaForCausalLM:
     model.model.embed_tokens = build_embedding(source)
     for layer in range(config.num_hidden_layers):
         model.model.layers[layer] = build_block(source, config, layer)
-    model.model.norm.weight = nn.Parameter(widened(source.norm("model.norm.weight")))
+    model.model.norm = build_norm(source)
     model.lm_head = build_head(source)
     if config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from quant.model import WeightSource, build_block, build_embedding, build_head, transformers_config, widened
+from quant.model import WeightSource, build_block, build_embedding, build_head, build_norm, transformers_config
 
 LOGIT_ROWS = 512
 """Rows of logits that are held at a time: a long context times a large vocabulary would not fit in memory."""
@@ -68,9 +68,7 @@ def log_likelihoods(
     layers = range(source.config.num_hidden_layers)
     for layer in tqdm(layers, progress, disable=None if progress else True, leave=False):
         hidden.advance(build_block(source, hidden.config, layer))
-    norm = LlamaRMSNorm(source.config.hidden_size, source.config.rms_norm_eps)
-    norm.weight = nn.Parameter(widened(source.norm("model.norm.weight")), requires_grad=False)
-    head = build_head(source)
+    norm, head = build_norm(source), build_head(source)
     return [
         _token_log_likelihoods(head, norm(state_LD[:-1]), torch.tensor(window[1:]))
         for window, state_LD in zip(windows, hidden.states, strict=True)

@@ -1,0 +1,118 @@
+"""What quantization cost: the table of sites, perplexity before and after, and what to do where it is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quant.scheme import LINEAR_SITES, Scheme
+
+OUTLIER_SAFE_RATIO = 1.5
+"""A model whose perplexity grows by more than this factor is not outlier-safe, unless another limit is set."""
+
+SITES_NAMED = 3
+"""How many of the worst sites a warning names."""
+
+COLUMNS = (
+    ("weight", "mse", "mse", "9.2e"),
+    ("weight", "clip", "clip_ratio", "6.3f"),
+    ("weight", "absmax", "absmax", "9.4g"),
+    ("input", "kurtosis", "input_excess_kurtosis", "9.2f"),
+    ("input", "rotated", "input_rotated_excess_kurtosis", "9.2f"),
+    ("input", "clip", "input_clip_ratio", "6.3f"),
+    ("input", "absmax", "input_absmax", "9.4g"),
+    ("input", "mse", "input_mse", "9.2e"),
+)
+"""Of the table: what it is of, its heading, its key in a site's report, its format. Columns without a value are left
+out."""
+
+
+class NotOutlierSafeError(ValueError):
+    """Perplexity grew beyond the limit, and that was to be an error; the message has the ratio and what may help."""
+
+
+def warning(
+    scheme: Scheme, weights: str, sites: Mapping[str, Mapping[str, Any]], quality: Mapping[str, Any], max_ratio: float
+) -> str | None:
+    """What to tell of a model that does not survive its quantization; None where it does.
+
+    Args:
+        weights: "rtn" or "gptq".
+        quality: "perplexity" is None where it is not finite.
+        max_ratio: by which perplexity may grow.
+    """
+    ratio = quality["ratio"]
+    if ratio is not None and ratio <= max_ratio:
+        return None
+    after = (
+        "no finite number" if ratio is None else f"{quality['perplexity']:.4g} (x {ratio:.4g}, allowed {max_ratio:g})"
+    )
+    sentences = [
+        f"this model is not outlier-safe: {scheme.label} takes its perplexity from {quality['perplexity_16bit']:.4g} "
+        f"to {after}"
+    ]
+    worst = sorted(
+        (site["input_excess_kurtosis"], name)
+        for name, site in sites.items()
+        if site["input_excess_kurtosis"] is not None
+    )[: -SITES_NAMED - 1 : -1]
+    if worst:
+        listed = ", ".join(f"{name} ({kurtosis:.4g})" for kurtosis, name in worst)
+        sentences.append(f"the heaviest tails, by excess kurtosis, are in the inputs of {listed}")
+    sentences.append(f"try {next_option(scheme, weights)}; a model that can be trained can be tuned for its scheme")
+    return "; ".join(sentences)
+
+
+def next_option(scheme: Scheme, weights: str) -> str:
+    """The option that costs least among those that would help a model with outliers further."""
+    linears = [getattr(scheme, site) for site in LINEAR_SITES]
+    activation_bits = min(linear.activation_bits for linear in linears)
+    if activation_bits < 16 and scheme.hadamard == "none":
+        return "--hadamard ffn or --hadamard full"
+    if activation_bits == 4 and any(linear.static for linear in linears):
+        return "--scheme w4a4-token"
+    if activation_bits == 4:
+        return "--scheme w4a8"
+    if activation_bits == 8:
+        return "--scheme w4a16"
+    return "--weights gptq" if weights == "rtn" else "weights of 8 bits"
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """A line for every site, then the bytes and how good the checkpoint is."""
+    quantization, quality = report["quantization"], report["quality"]
+    sites = quantization["sites"]
+    columns = [column for column in COLUMNS if any(site[column[2]] is not None for site in sites.values())]
+    width = max((len(name) for name in sites), default=0)
+    lines = [
+        _row(
+            "",
+            width,
+            [(of if i == 0 or columns[i - 1][0] != of else "", form) for i, (of, _, _, form) in enumerate(columns)],
+        )
+    ]
+    lines.append(_row("site", width, [(heading, form) for _, heading, _, form in columns]))
+    for name, site in sites.items():
+        cells = [("" if site[key] is None else format(site[key], form), form) for _, _, key, form in columns]
+        lines.append(_row(name, width, cells))
+    lines.append("")
+    calibration = quantization["calibration"]
+    if calibration:
+        cut = "; --calibration-tokens has cut the text" if calibration["cut"] else ""
+        lines.append(f"calibrated on {calibration['tokens']:,} tokens ({_named(calibration['text'])}{cut})")
+    after = "not finite" if quality["perplexity"] is None else f"{quality['perplexity']:.4g} (x {quality['ratio']:.4f})"
+    lines.append(
+        f"perplexity {quality['perplexity_16bit']:.4g} -> {after} on {quality['tokens']:,} tokens "
+        f"({_named(quality['text'])})"
+    )
+    sizes = ", ".join(f"{part} {size:,}" for part, size in quantization["bytes"].items())
+    lines.append(f"bytes: {sizes}")
+    return "\n".join(lines)
+
+
+def _row(name: str, width: int, cells: list[tuple[str, str]]) -> str:
+    return "  ".join([f"{name:{width}}", *(f"{text:>{form.split('.')[0]}}" for text, form in cells)]).rstrip()
+
+
+def _named(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else ", ".join(text)
