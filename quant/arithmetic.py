@@ -192,13 +192,14 @@ def quantized_linear(
     scale, and counts as a NaN where the row's scale follows from it.
     """
     scale_N1 = token_scales(x_NK, input_bits) if input_scale is None else np.float32(input_scale)
-    lost_N1 = np.isnan(x_NK).any(axis=-1, keepdims=True) | np.isnan(scale_N1)
-    if lost_N1.any():
+    lost_N1 = np.isnan(scale_N1) if input_scale is None else np.isnan(x_NK).any(axis=-1, keepdims=True)
+    lost = bool(lost_N1.any())
+    if lost:
         x_NK, scale_N1 = np.where(lost_N1, np.float32(0), x_NK), np.where(lost_N1, np.float32(1), scale_N1)
     codes_NK = quantize(x_NK, scale_N1, input_bits)
     sums_NM = integer_matmul(codes_NK, w_MK, input_bits, weight_bits).astype(np.float32)
     y_NM = sums_NM * (scale_N1 * np.asarray(w_scale, np.float32))
-    return np.where(lost_N1, np.float32(np.nan), y_NM) if lost_N1.any() else y_NM
+    return np.where(lost_N1, np.float32(np.nan), y_NM) if lost else y_NM
 
 
 def quantize_kv(
@@ -230,7 +231,10 @@ def quantize_kv(
 def dequantize_kv(
     codes_NC: NDArray[np.uint8], scale_N1: NDArray[np.float32], zero_N1: NDArray[np.uint8]
 ) -> NDArray[np.float32]:
-    """The inverse of `quantize_kv` up to rounding: float32 [..., C]."""
+    """The inverse of `quantize_kv` up to rounding: float32 [..., C].
+
+    The scale may have been rounded up, so that within 1/256 of float32's largest number a value may become infinite.
+    """
     difference_NC = codes_NC.astype(np.float32) - zero_N1.astype(np.float32)
     values: NDArray[np.float32] = difference_NC * scale_N1
     return values
