@@ -45,6 +45,7 @@ def by_the_book(head, bits):
 @example(np.array([[LARGEST, LARGEST]], np.float32), 8)
 @example(np.array([1e-45, -1e-45, 0], np.float32), 4)
 @example(np.array([0.5, 1.5, 2.5, 15], np.float32), 4)  # ties
+@example(np.array([-1, 0.5, 1.5, 14], np.float32), 4)  # ties beside an odd zero point
 @pytest.mark.filterwarnings("error")
 def test_heads_are_quantized_by_the_book(x_NC, bits):
     codes_NC, scale_N1, zero_N1 = arithmetic.quantize_kv(x_NC, bits)
