@@ -3,9 +3,10 @@
     P.weight_scale  float32 [1] or [M]   of every linear layer P of the body whose weight the scheme quantizes
     P.input_scale   float32 [1]          where the scheme gives the input a static scale
 
-All are positive bfloat16 numbers. They belong to the weights as they are rounded: that of a rotated down_proj to the
-rotated weight. osp.json says for which scheme they are: `{"tuning": {"scheme": …}}`. Rounding the tuned weights by them
-gives the codes that the model was tuned with; a search would find others.
+All are positive bfloat16 numbers; layers that read one tensor have one input scale. They belong to the weights as they
+are rounded: that of a rotated down_proj to the rotated weight. osp.json says for which scheme they are:
+`{"tuning": {"scheme": …}}`. Rounding the tuned weights by them gives the codes that the model was tuned with; a search
+would find others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from quant import arithmetic
 from quant.format import CheckpointReader
 from quant.llama import CheckpointError, LlamaConfig
-from quant.scheme import LINEAR_SITES, Scheme, SchemeError
+from quant.scheme import LINEAR_SITES, SHARED_INPUTS, Scheme, SchemeError
 
 SCALES_FILE = "scales.safetensors"
 
@@ -76,8 +77,8 @@ def read_scales(reader: CheckpointReader, scheme: Scheme) -> Scales | None:
     """The learned scales, by tensor name, if they are for `scheme`; else None.
 
     Raises:
-        CheckpointError: `scales.safetensors` is damaged, lacks a scale, holds another tensor, or one of the wrong
-            shape, type or value; as `tuned_scheme`.
+        CheckpointError: `scales.safetensors` is damaged, lacks a scale, holds another tensor, one of the wrong shape,
+            type or value, or two input scales for one tensor; as `tuned_scheme`.
     """
     tuned = tuned_scheme(reader)
     if tuned is None or differing_settings(tuned, scheme):
@@ -98,7 +99,19 @@ def read_scales(reader: CheckpointReader, scheme: Scheme) -> Scales | None:
     unexpected = sorted(set(scales) - set(expected))
     if unexpected:
         raise CheckpointError(reader.path, f"{SCALES_FILE}: unexpected tensors: {shortened(unexpected)}")
+    _check_shared_inputs(reader, scales)
     return scales
+
+
+def _check_shared_inputs(reader: CheckpointReader, scales: Scales) -> None:
+    for layer in range(reader.config.num_hidden_layers):
+        for sites in SHARED_INPUTS:
+            names = [f"model.layers.{layer}.{LINEAR_SITES[site]}.input_scale" for site in sites]
+            learned = {name: float(scales[name][0]) for name in names if name in scales}
+            if len(set(learned.values())) > 1:
+                raise CheckpointError(
+                    reader.path, f"{SCALES_FILE}: {', '.join(learned)} are for one tensor and must be the same"
+                )
 
 
 def _expected_shapes(config: LlamaConfig, scheme: Scheme) -> dict[str, tuple[int]]:
