@@ -15,6 +15,7 @@ from checkpoints import ODD_WIDTHS, write_4bit, write_full_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from schemes import SCHEMES, SHAPES
 
 from quant.format import Checkpoint, read_checkpoint
 from runtime.engine.base import SequenceSlice
@@ -26,18 +27,29 @@ SEQUENCES = 33
 BLOCKS_EACH = -(-LENGTH // BLOCK_SIZE)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "w4a4", "odd float32", "odd w4a4"])
+BATCHES = (*range(1, 10), 16, 17, 31, 32, 33)
+"""Numbers of sequences about which a BLAS or a vector loop may change its mind."""
+
+QUANTIZED = (
+    ("w4a4", "grouped queries"),
+    ("w4a4", "odd widths"),
+    ("all at 4 bits", "tied"),
+    ("all at 4 bits", "odd widths"),
+    ("w4a8 kv8 head8", "grouped queries"),
+    ("w4a16 kv4", "grouped queries"),
+    ("mixed sites", "odd widths"),
+)
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "odd float32", *QUANTIZED])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     root = tmp_path_factory.mktemp("model")
-    match request.param:
-        case "bfloat16":
-            return request.getfixturevalue("full_precision")
-        case "w4a4":
-            return request.getfixturevalue("quantized")
-        case "odd float32":
-            return read_checkpoint(write_full_precision(root, **ODD_WIDTHS))
-        case _:
-            return read_checkpoint(write_4bit(root, **ODD_WIDTHS))
+    if request.param == "bfloat16":
+        return request.getfixturevalue("full_precision")
+    if request.param == "odd float32":
+        return read_checkpoint(write_full_precision(root, **ODD_WIDTHS))
+    scheme, shape = request.param
+    return read_checkpoint(write_4bit(root, scheme=SCHEMES[scheme], **SHAPES[shape]))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +80,7 @@ def test_any_batch_of_whole_prompts(
     checkpoint: Checkpoint, prompts: NDArray[np.int32], alone: NDArray[np.float32]
 ) -> None:
     tables = np.arange(SEQUENCES * BLOCKS_EACH, dtype=np.int32).reshape(SEQUENCES, -1)
-    for count in range(1, SEQUENCES + 1):
+    for count in BATCHES:
         logits = new_runner(checkpoint).step([whole(*pair) for pair in zip(prompts[:count], tables, strict=False)])
         np.testing.assert_array_equal(logits.reshape(count, LENGTH, -1), alone[:count])
 
@@ -78,7 +90,7 @@ def test_any_batch_of_decodes(checkpoint: Checkpoint, prompts: NDArray[np.int32]
     runner = new_runner(checkpoint)
     runner.step([whole(ids[:-1], table) for ids, table in zip(prompts, tables, strict=True)])
     last = [SequenceSlice(ids[-1:], LENGTH - 1, table) for ids, table in zip(prompts, tables, strict=True)]
-    for count in range(1, SEQUENCES + 1):
+    for count in BATCHES:
         np.testing.assert_array_equal(runner.step(last[:count]), alone[:count, -1])
 
 
@@ -86,7 +98,7 @@ def test_any_batch_of_decodes(checkpoint: Checkpoint, prompts: NDArray[np.int32]
     cuts=st.lists(st.sets(st.integers(1, LENGTH - 1)), min_size=1, max_size=5),
     shuffle=st.randoms(use_true_random=False),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_any_chunking_over_scattered_blocks(
     checkpoint: Checkpoint,
     prompts: NDArray[np.int32],
@@ -137,11 +149,14 @@ print(hashlib.sha256(logits.tobytes()).hexdigest())
 """
 
 
-@pytest.mark.parametrize("write", [write_full_precision, write_4bit])
-def test_any_number_of_blas_threads(tmp_path: Path, write: object) -> None:
+@pytest.mark.parametrize("scheme", [None, "w4a4", "all at 4 bits", "mixed sites"])
+def test_any_number_of_blas_threads(tmp_path: Path, scheme: str | None) -> None:
     """Wide enough for OpenBLAS to use its threads."""
-    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    root = write(tmp_path / "model", vocab_size=1024, **wide)  # type: ignore[operator]
+    wide = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512}
+    if scheme is None:
+        root = write_full_precision(tmp_path / "model", **wide)
+    else:
+        root = write_4bit(tmp_path / "model", scheme=SCHEMES[scheme], **wide)
     digests = set()
     for threads in ("1", "2", "5"):
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads}
