@@ -172,6 +172,7 @@ class Scheme:
         missing = {field.name for field in fields(cls)} - set(content)
         if missing:
             raise SchemeError(f"not a quantization scheme: {', '.join(sorted(missing))} missing")
+        named(content["name"])
         sites = {}
         for site in (*LINEAR_SITES, "head"):
             absent = {field.name for field in fields(LinearScheme)} - set(_mapping(site, content[site]))
