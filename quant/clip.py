@@ -45,5 +45,5 @@ class ClipSearch:
     def __str__(self) -> str:
         """As `parse` reads it."""
         if self.percentile is not None:
-            return f"{self.percentile:g}"
-        return "mse" if self.norm == 2 else f"p{self.norm:g}"
+            return f"{self.percentile:.12g}"
+        return "mse" if self.norm == 2 else f"p{self.norm:.12g}"

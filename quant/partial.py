@@ -121,8 +121,8 @@ def partial_run(out: Path, *, resume: bool) -> Iterator[PartialRun]:
                     parent.rmdir()
         elif not isinstance(error, OtherRunError):
             error.add_note(
-                f"{len(parts)} finished parts are kept in {run.directory}; go on with --resume, or remove the "
-                "directory to start anew"
+                f"the finished parts ({len(parts)}) are kept in {run.directory}; go on with --resume, or "
+                "remove the directory to start anew"
             )
         raise
 

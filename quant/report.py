@@ -100,7 +100,7 @@ def table(report: Mapping[str, Any]) -> str:
     if calibration:
         cut = "; --calibration-tokens has cut the text" if calibration["cut"] else ""
         lines.append(f"calibrated on {calibration['tokens']:,} tokens ({_named(calibration['text'])}{cut})")
-    after = "not finite" if quality["perplexity"] is None else f"{quality['perplexity']:.4g} (x {quality['ratio']:.4f})"
+    after = "not finite" if quality["perplexity"] is None else f"{quality['perplexity']:.4g} (x {quality['ratio']:.5g})"
     lines.append(
         f"perplexity {quality['perplexity_16bit']:.4g} -> {after} on {quality['tokens']:,} tokens "
         f"({_named(quality['text'])})"

@@ -76,7 +76,7 @@ def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(path, text_path, 
     with stopping_before(part) as stopped:
         quantize_checkpoint(path, tmp_path / "out", scheme, calibration=[text_path])
     done = 3 if part == TABLES else part
-    note = f"{done} finished parts are kept in {tmp_path / '.out.partial'}; go on with --resume"
+    note = f"the finished parts ({done}) are kept in {tmp_path / '.out.partial'}; go on with --resume"
     assert stopped.value.__notes__[0].startswith(note)
     assert not (tmp_path / "out").exists()
 
@@ -105,7 +105,7 @@ def test_what_was_finished_when_measuring_failed_is_not_done_again(path, text_pa
         patch.setattr(convert, "measure_perplexity", fail)
         with pytest.raises(RuntimeError, match="the disk is full") as failed:
             quantize_checkpoint(path, tmp_path / "out", W4A4, calibration=[text_path])
-    assert "4 finished parts are kept" in failed.value.__notes__[0]
+    assert "the finished parts (4)" in failed.value.__notes__[0]
     monkeypatch.setattr(convert, "HiddenStates", fail)  # nothing has to be calibrated any more
     quantize_checkpoint(path, tmp_path / "out", W4A4, calibration=[text_path], resume=True)
 
