@@ -12,7 +12,8 @@ A module `P` with a weight is one tensor `P.weight` (bfloat16, float16 or float3
     P.weight_packed  uint8   [M, ceil(K / 2)]   4 bits: two codes a byte, low nibble first (`arithmetic.pack`)
     P.weight_codes   int8    [M, K]             8 bits
     P.weight_scale   float32 [1] or [M]         one, or one an output channel; bfloat16-representable
-    P.input_scale    float32 [1]                where the input has a static scale; bfloat16-representable
+    P.input_scale    float32 [1]                where the input has a static scale; bfloat16-representable. One value
+                                                for q, k and v of a layer, and one for gate and up
 
 The embedding has a scale a row. A tied model has no tensors of its own for the head. Where the scheme says so, the
 weight of down_proj is rotated: its input passes `Hadamard.of_width(K)` before it is quantized.
@@ -39,7 +40,7 @@ from safetensors.numpy import save_file
 from quant import arithmetic
 from quant.files import read_json, sha256, write_json
 from quant.llama import EMBEDDING, HEAD, CheckpointError, LlamaConfig
-from quant.scheme import LinearScheme, Scheme, SchemeError
+from quant.scheme import LINEAR_SITES, SHARED_INPUTS, LinearScheme, Scheme, SchemeError
 from quant.tensors import (
     FLOAT_DTYPES,
     INDEX_FILE,
@@ -156,6 +157,7 @@ class CheckpointReader:
                 self.path,
                 f"unexpected tensors: {_listed(unclaimed)}; {self.config.describe()} has no such parameters",
             )
+        self._check_shared_inputs()
 
     def linear(self, name: str) -> Tensor | QuantizedLinear:
         """The linear layer called `name` ("model.layers.0.mlp.down_proj", or "lm_head" where it is not tied).
@@ -237,6 +239,17 @@ class CheckpointReader:
         if bits == 4 and columns % 2 and (stored[:, -1] >> 4).any():
             raise CheckpointError(self.path, f"tensor {stored_name} has an odd row whose padding nibble is not zero")
         return QuantizedWeight(stored, columns, bits, scale)
+
+    def _check_shared_inputs(self) -> None:
+        """Layers that read one tensor have one static scale: an engine quantizes the tensor once."""
+        for layer in range(self.config.num_hidden_layers):
+            for sites in SHARED_INPUTS:
+                names = [f"model.layers.{layer}.{LINEAR_SITES[site]}.input_scale" for site in sites]
+                scales = {name: self._read_scale(name)[0] for name in names if name in self._tensors}
+                if len(set(scales.values())) > 1:
+                    raise CheckpointError(
+                        self.path, f"tensors {_listed(scales)} belong to layers that read one tensor, but differ"
+                    )
 
     def _drop_tied_head(self, unclaimed: dict[str, StoredTensor]) -> None:
         """Where the head stands in the file although it is tied, it must be the embedding."""

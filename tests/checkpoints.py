@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quant import arithmetic
-from quant.format import EMBEDDING, HEAD, read_checkpoint, sha256, write_json, write_quantized
+from quant.format import EMBEDDING, read_checkpoint, sha256, write_json, write_quantized
 from quant.hadamard import Hadamard
 from quant.llama import CheckpointError, LlamaConfig
-from quant.scheme import LinearScheme, Scheme, named
+from quant.scheme import LINEAR_SITES, SHARED_INPUTS, LinearScheme, Scheme, named
 from quant.weights import QuantizedLinear, QuantizedWeight, stored_tensors
 
 BASE = {
@@ -116,6 +116,13 @@ def quantized_linear(weight_MK: NDArray[Any], linear: LinearScheme, rotated: boo
     return QuantizedLinear(weight, linear.activation_bits, scale, rotated)
 
 
+def input_absmax(name: str) -> float:
+    """Some bound of a layer's input, one for all that read the same tensor."""
+    site = next((site for site, module in LINEAR_SITES.items() if name.endswith(module)), "head")
+    group = next((i for i, sites in enumerate(SHARED_INPUTS) if site in sites), 0)
+    return 1.5 + 0.3 * group + (0.1 * int(name.split(".")[2]) if site != "head" else 0)
+
+
 def write_4bit(
     root: Path,
     seed: int = 0,
@@ -129,14 +136,14 @@ def write_4bit(
     config = LlamaConfig.from_json(root, config_json)
     weights = random_weights(config, seed)
     tensors: dict[str, NDArray[Any]] = {}
-    for i, name in enumerate(config.linear_shapes() | config.table_shapes()):
+    for name in config.linear_shapes() | config.table_shapes():
         weight_MK = weights.pop(f"{name}.weight")
         if name == EMBEDDING:
             bits = scheme.embedding_bits
             value = weight_MK if bits == 16 else quantized_weight(weight_MK, bits, "channel")
         else:
             rotated = name.endswith("down_proj") and scheme.hadamard != "none"
-            value = quantized_linear(weight_MK, scheme.linear(name), rotated, 1.5 + (0 if name == HEAD else 0.1 * i))
+            value = quantized_linear(weight_MK, scheme.linear(name), rotated, input_absmax(name))
         tensors |= stored_tensors(name, value)
     for name, weight_D in weights.items():
         tensors |= stored_tensors(name.removesuffix(".weight"), weight_D)

@@ -1,0 +1,282 @@
+"""Quantization-aware finishing: a short training of the finished model, rounded as its checkpoint will be.
+
+Weights and inputs are rounded with the arithmetic of `quant.arithmetic`, straight through, and the scales are learned
+with them. Matrices of the blocks are trained by Muon, as outlier-safe models are; embedding and head by AdamW; norms
+stay as they are. The result is a 16-bit checkpoint like the one that it started from, with `scales.safetensors` beside
+it, and rounding it by those scales gives the codes that were trained.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import LlamaForCausalLM
+
+from quant.directories import copy_companions
+from quant.format import WEIGHTS_FILE, CheckpointReader, read_tokenizer, write_json
+from quant.scheme import Scheme, SchemeError
+from quant.trainable import TrainableQuantizedLinear, parameter_groups, trainable_model
+from quant.tuned_scales import write_scales
+from quant.tuning_text import TuningText
+
+EVALUATIONS = 10
+"""How often, in a run, the held-back text is looked at and the state is saved."""
+
+STATE_FILE = "tuning.pt"
+
+
+class TuningError(RuntimeError):
+    """Tuning cannot go on; the message says at which step, and what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """One tuning run. Learning rates fall linearly to zero, after a short rise.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_tokens: tokens a step; at least one window of the context length.
+        matrix_lr: Muon's, for the matrices of the blocks. About a fifth of what the model was trained with.
+        table_lr: AdamW's, for embedding and head.
+        scale_lr: Adam's, for the logarithms of the scales.
+        patience: evaluations in a row without a better held-back loss after which tuning stops.
+    """
+
+    steps: int
+    batch_tokens: int = 4096
+    micro_batch_tokens: int = 8192
+    matrix_lr: float = 6e-4
+    table_lr: float = 4e-4
+    scale_lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_share: float = 0.03
+    gradient_clip: float = 1.0
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "micro_batch_tokens", "patience"):
+            if getattr(self, name) < 1:
+                raise TuningError(f"{name} must be at least 1, is {getattr(self, name)}")
+        for name in ("matrix_lr", "table_lr", "scale_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TuningError(f"{name} must be a positive number, is {getattr(self, name)}")
+
+
+def tune(
+    source: Path,
+    start: Path,
+    out: Path,
+    data: Sequence[str | os.PathLike[str]],
+    settings: TuneSettings,
+    *,
+    progress: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Tunes the 16-bit checkpoint `source` for the scheme of `start` into the directory `out`.
+
+    Args:
+        start: `source` quantized: its scheme is what is tuned for, its scales are where learning starts.
+        data: text to tune on, like that which the model was trained on.
+        resume: goes on from the state that an interrupted run left in `out`.
+
+    Returns:
+        What osp.json records under "tuning".
+
+    Raises:
+        SchemeError: the scheme rotates the whole model, or quantizes nothing that can be tuned.
+        TextError: the text is too short, or cannot be read.
+        TuningError: the loss is not finite, or the state in `out` is that of another run.
+    """
+    reader, quantized = CheckpointReader(source), CheckpointReader(start)
+    if quantized.scheme is None:
+        raise SchemeError(f"{start} is not quantized; it says what to tune for")
+    if quantized.scheme.hadamard == "full":
+        raise SchemeError("a fully rotated model cannot be tuned: its 16-bit weights would be others; use hadamard ffn")
+    length = min(reader.config.max_position_embeddings, settings.batch_tokens)
+    text = TuningText.read(data, read_tokenizer(reader.path), length, settings.seed)
+    run = _Run(reader, quantized, quantized.scheme, settings, text)
+    out.mkdir(parents=True, exist_ok=True)
+    if resume and (out / STATE_FILE).exists():
+        run.load(out / STATE_FILE)
+    run.train(out / STATE_FILE, progress=progress)
+    report = run.report()
+    _write(reader, out, run.model, report)
+    (out / STATE_FILE).unlink(missing_ok=True)
+    return report
+
+
+@dataclass(slots=True)
+class _Run:
+    """The state of a run: the model with trainable layers, its optimizers, and the best of what was seen."""
+
+    reader: CheckpointReader
+    quantized: CheckpointReader
+    scheme: Scheme
+    settings: TuneSettings
+    text: TuningText
+    model: LlamaForCausalLM = field(init=False)
+    optimizers: list[torch.optim.Optimizer] = field(init=False)
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = trainable_model(self.reader, self.quantized, self.scheme)
+        self.optimizers = _make_optimizers(self.model, self.settings)
+
+    def train(self, state_file: Path, *, progress: bool) -> None:
+        settings = self.settings
+        every = max(1, settings.steps // EVALUATIONS)
+        if not self.losses:
+            self._evaluate()
+        bar = tqdm(total=settings.steps, initial=self.step, desc="tuning", disable=None if progress else True)
+        with bar:
+            while self.step < settings.steps and not self._stale():
+                self._train_step()
+                bar.update()
+                if self.step % every == 0 or self.step == settings.steps:
+                    self._evaluate()
+                    bar.set_postfix_str(f"held-back loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
+                    self.save(state_file)
+        self.model.load_state_dict(self.best)
+
+    def _stale(self) -> bool:
+        return len(self.losses) - 1 - int(np.argmin(self.losses)) >= self.settings.patience
+
+    def _train_step(self) -> None:
+        settings = self.settings
+        warmup = max(1, round(settings.warmup_share * settings.steps))
+        share = min(1.0, (self.step + 1) / warmup) * (1 - self.step / settings.steps)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["base_lr"] * share
+        batch_BL, total = torch.from_numpy(self.text.batch(self.step, settings.batch_tokens)), 0.0
+        rows = max(1, settings.micro_batch_tokens // (batch_BL.shape[1] - 1))
+        for part_BL in torch.split(batch_BL, rows):
+            loss = _loss(self.model, part_BL) * (len(part_BL) / len(batch_BL))
+            torch.autograd.backward(loss)
+            total += loss.item()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+        if not (math.isfinite(total) and math.isfinite(norm.item())):
+            raise TuningError(
+                f"step {self.step + 1}: loss {total}, gradient norm {norm.item()}; lower --tune-lr, and start again"
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        parts = torch.split(torch.from_numpy(self.text.held_back), 8)
+        total = sum(_loss(self.model, part).item() * len(part) for part in parts)
+        self.losses.append(total / len(self.text.held_back))
+        if self.losses[-1] <= min(self.losses):
+            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"settings": asdict(self.settings), "text": self.text.sha256, "scheme": self.scheme.to_dict()}
+
+    def save(self, file: Path) -> None:
+        """Writes the state, whole or not at all."""
+        state = {
+            "identity": self._identity(),
+            "step": self.step,
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "best": self.best,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        partial = file.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Goes on where `save` was called.
+
+        Raises:
+            TuningError: the state belongs to other settings, another text or another scheme.
+        """
+        state = torch.load(file, weights_only=True)
+        if state["identity"] != self._identity():
+            raise TuningError(f"{file} belongs to a run with other settings or another text; remove it to start again")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.losses, self.best = state["step"], state["losses"], state["best"]
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "scheme": self.scheme.to_dict(),
+            "settings": asdict(self.settings),
+            "steps": self.step,
+            "tokens_seen": self.step * self.text.batch(0, self.settings.batch_tokens)[:, 1:].size,
+            "text": self.text.source,
+            "sha256": self.text.sha256,
+            "held_back_loss_before": self.losses[0],
+            "held_back_loss": min(self.losses),
+        }
+
+
+def _loss(model: LlamaForCausalLM, windows_BL: Tensor) -> Tensor:
+    """Cross-entropy, nats a token."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits_BLV = model(windows_BL[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits_BLV.float().flatten(0, 1), windows_BL[:, 1:].flatten())
+
+
+def _make_optimizers(model: LlamaForCausalLM, settings: TuneSettings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, as in training; AdamW for tables and scales."""
+    groups, decay = parameter_groups(model), settings.weight_decay
+    muon = torch.optim.Muon(
+        [{"params": groups["matrices"], "lr": settings.matrix_lr, "weight_decay": decay}],
+        momentum=0.95,
+        nesterov=True,
+        ns_steps=5,
+        eps=1e-8,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adam_groups = [
+        {"params": groups["tables"], "lr": settings.table_lr, "weight_decay": decay},
+        {"params": groups["scales"], "lr": settings.scale_lr, "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [muon, torch.optim.AdamW(adam_groups, betas=(0.9, 0.95), eps=1e-8)]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def _write(reader: CheckpointReader, out: Path, model: LlamaForCausalLM, report: dict[str, Any]) -> None:
+    """The tuned checkpoint: every tensor in the type that the source stores it in, and the scales."""
+    config = reader.config
+    tensors = {name: torch.from_numpy(reader.norm(name).astype(np.float32)) for name in config.norm_names()}
+    scales: dict[str, NDArray[np.float32]] = {}
+    for name in (*config.linear_shapes(), *config.table_shapes()):
+        module: Any = model.get_submodule(name)
+        tensors[f"{name}.weight"] = module.weight.detach()
+        if isinstance(module, TrainableQuantizedLinear):
+            scales[f"{name}.weight_scale"] = module.weight_scale().detach().flatten().numpy()
+            if module.input_scale is not None:
+                scales[f"{name}.input_scale"] = module.input_scale().detach().flatten().numpy()
+    dtype = getattr(torch, str(reader.norm("model.norm.weight").dtype))
+    copy_companions(reader.path, out)
+    shutil.copyfile(reader.path / "config.json", out / "config.json")
+    stored = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}
+    save_file(stored, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copymode(out / "config.json", out / WEIGHTS_FILE)  # safetensors lets only the owner read its files
+    write_scales(out, scales)
+    write_json(out / "osp.json", {**reader.provenance, "tuning": report})
