@@ -98,6 +98,7 @@ REFUSED = [
     ({"kv_bits": 2}, "kv_bits is 2; it must be one of 4, 8, 16"),
     ({"kv_bits": "4"}, "kv_bits is '4'; it must be one of 4, 8, 16"),
     ({"kv_bits": None}, "kv_bits is None; it must be one of 4, 8, 16"),
+    ({"kv_bits": 4.0}, "kv_bits is 4.0; it must be one of 4, 8, 16"),
     ({"embedding_bits": True}, "embedding_bits is True; it must be one of 4, 8, 16"),
     ({"embedding_bits": [8]}, "embedding_bits is [8]; it must be one of 4, 8, 16"),
     ({"hadamard": "heads"}, "hadamard is 'heads'; it must be one of none, ffn, full"),
