@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,30 +100,59 @@ def _found(path: Path) -> list[Path]:
 
 
 def _documents(file: Path) -> Iterator[str]:
-    try:
-        if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield _text_of(line, f"{file}:{number}")
-        else:
+    if file.suffix == ".jsonl":
+        for where, record in json_lines(file):
+            yield text_field(where, record, "text")
+    else:
+        with _reading(file):
             yield file.read_text(encoding="utf-8")
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("FILE:LINE", object) of every line that is not blank.
+
+    Raises, while iterating:
+        TextError: the file cannot be read, or a line is no JSON object.
+    """
+    with _reading(file), file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{file}:{number}"
+                yield where, _object(line, where)
+
+
+def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
+    """The string that `record` has under `key`; raises `TextError` where there is none, or one that is not Unicode."""
+    text = record.get(key)
+    if not isinstance(text, str):
+        raise TextError(f'{where}: no "{key}" field that holds a string')
+    require_unicode(where, text)
+    return text
+
+
+def require_unicode(where: str, text: str) -> None:
+    """Raises `TextError` for half a surrogate pair, which JSON can escape."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise TextError(f"{where}: the text holds half a surrogate pair and is not Unicode")
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise TextError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise TextError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def _text_of(line: str, where: str) -> str:
+def _object(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise TextError(f"{where}: not a JSON object ({error})") from None
     except RecursionError:
         raise TextError(f"{where}: not a JSON object this program reads (nested too deeply)") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise TextError(f'{where}: no "text" field that holds a string')
-    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can escape half a surrogate pair
-        raise TextError(f"{where}: the text holds half a surrogate pair and is not Unicode")
-    return text
+    if not isinstance(record, dict):
+        raise TextError(f"{where}: not a JSON object")
+    return record

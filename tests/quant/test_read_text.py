@@ -35,7 +35,7 @@ def test_files_lines_and_directories_in_sorted_order(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl:2: not a JSON object"),
         ("a.jsonl", b'{"content": "x"}', 'a.jsonl:1: no "text" field'),
         ("a.jsonl", b'{"text": 5}', 'a.jsonl:1: no "text" field'),
-        ("a.jsonl", b'["text"]', 'a.jsonl:1: no "text" field'),
+        ("a.jsonl", b'["text"]', "a.jsonl:1: not a JSON object"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not a JSON object"),
         ("a.jsonl", b'{"a":' * 100_000, "a.jsonl:1: not a JSON object"),
         ("a.jsonl", b'{"text": "\\ud83d"}', "a.jsonl:1: the text holds half a surrogate pair"),
