@@ -41,15 +41,16 @@ QUANTIZED = (
 )
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "odd float32", *QUANTIZED])
+@pytest.fixture(scope="module", params=[("bfloat16",), ("odd float32",), *QUANTIZED], ids=" ".join)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     root = tmp_path_factory.mktemp("model")
-    if request.param == "bfloat16":
-        return request.getfixturevalue("full_precision")
-    if request.param == "odd float32":
-        return read_checkpoint(write_full_precision(root, **ODD_WIDTHS))
-    scheme, shape = request.param
-    return read_checkpoint(write_4bit(root, scheme=SCHEMES[scheme], **SHAPES[shape]))
+    match request.param:
+        case ("bfloat16",):
+            return request.getfixturevalue("full_precision")
+        case ("odd float32",):
+            return read_checkpoint(write_full_precision(root, **ODD_WIDTHS))
+        case (scheme, shape):
+            return read_checkpoint(write_4bit(root, scheme=SCHEMES[scheme], **SHAPES[shape]))
 
 
 @pytest.fixture(scope="module")
