@@ -227,9 +227,10 @@ class CheckpointReader:
         scale = self._read_float(name)
         if (scale <= 0).any():
             raise CheckpointError(self.path, f"tensor {name} must be positive, is {scale.min()}")
-        wrong = arithmetic.round_to_bfloat16(scale) != scale
+        # Engines may take denormal numbers for zero.
+        wrong = (arithmetic.round_to_bfloat16(scale) != scale) | (scale < arithmetic.BFLOAT16_TINY)
         if wrong.any():
-            raise CheckpointError(self.path, f"tensor {name} is not a bfloat16 number: {scale[wrong][0]}")
+            raise CheckpointError(self.path, f"tensor {name} is not a normal bfloat16 number: {scale[wrong][0]}")
         return scale
 
     def _read_weight(self, name: str, bits: int) -> QuantizedWeight:

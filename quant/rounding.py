@@ -76,7 +76,7 @@ def round_to_nearest(
 
     Raises:
         NonFiniteError: a weight is NaN or infinite; the message has `name`.
-        ValueError: `scales` are no bfloat16 numbers above zero, or of another shape; the message has `name`.
+        ValueError: `scales` are no normal bfloat16 numbers above zero, or of another shape; the message has `name`.
     """
     if scales is None:
         scales = choose_scales(weight_MK, name, bits, granularity, norm)
@@ -171,9 +171,10 @@ def _search_rows(rows_RK: NDArray[np.float32], bits: int, norm: float) -> NDArra
 def _check_scales(scales: NDArray[np.float32], name: str, shape: tuple[int, ...]) -> None:
     if scales.shape != shape or scales.dtype != np.float32:
         raise ValueError(f"{name}: scales are {scales.dtype} {list(scales.shape)}, expected float32 {list(shape)}")
-    wrong = ~((scales > 0) & np.isfinite(scales) & (arithmetic.round_to_bfloat16(scales) == scales))
+    normal = (scales >= arithmetic.BFLOAT16_TINY) & (scales <= arithmetic.BFLOAT16_MAX)
+    wrong = ~(normal & (arithmetic.round_to_bfloat16(scales) == scales))
     if wrong.any():
-        raise ValueError(f"{name}: a scale must be a bfloat16 number above zero, got {scales[wrong][0]}")
+        raise ValueError(f"{name}: a scale must be a normal bfloat16 number above zero, got {scales[wrong][0]}")
 
 
 def _row_chunks(weight_MK: NDArray[np.floating]) -> Iterator[slice]:

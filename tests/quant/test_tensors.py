@@ -94,3 +94,11 @@ def test_a_type_that_numpy_does_not_know_is_refused(checkpoint_path, dtype):
     tensors = load_torch(file)
     save_torch(tensors | {"model.norm.weight": tensors["model.norm.weight"].float().to(dtype)}, file)
     assert "tensor model.norm.weight is " in refusal(checkpoint_path)
+
+
+def test_one_file_goes_before_shards(sharded, make_checkpoint):
+    path, other = sharded(lambda weight_map: None), make_checkpoint("other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = np.full(24, 3, np.float32)
+    save_file(tensors, path / "model.safetensors")
+    assert (read_checkpoint(path).norms["model.norm.weight"] == 3).all()
