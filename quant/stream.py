@@ -56,22 +56,33 @@ class HiddenStates:
 
 @torch.inference_mode()
 def log_likelihoods(
-    source: WeightSource, windows: Sequence[list[int]], *, progress: str | None = None
+    source: WeightSource,
+    windows: Sequence[list[int]],
+    *,
+    scored: Sequence[int] | None = None,
+    progress: str | None = None,
 ) -> list[NDArray[np.float64]]:
     """The log likelihood, in nats, of every token of a window but its first: [L - 1] for each window.
 
+    Windows that differ in their last token only are run once.
+
     Args:
-        windows: at least 2 token ids each, no longer than the context.
+        windows: at least 2 token ids each; all but the last fit into the context.
+        scored: of each window, how many of its last tokens to score, where not all; 1 to L - 1.
         progress: what to call the bar on stderr, if there is to be one.
     """
-    hidden = HiddenStates(source, windows)
+    inputs = [tuple(window[:-1]) for window in windows]  # nothing follows from a window's last token
+    distinct = list(dict.fromkeys(inputs))
+    hidden = HiddenStates(source, [list(ids) for ids in distinct])
     layers = range(source.config.num_hidden_layers)
     for layer in tqdm(layers, progress, disable=None if progress else True, leave=False):
         hidden.advance(build_block(source, hidden.config, layer))
     norm, head = build_norm(source), build_head(source)
+    state_of = dict(zip(distinct, hidden.states, strict=True))
+    counts = [len(ids) for ids in inputs] if scored is None else scored
     return [
-        _token_log_likelihoods(head, norm(state_LD[:-1]), torch.tensor(window[1:]))
-        for window, state_LD in zip(windows, hidden.states, strict=True)
+        _token_log_likelihoods(head, norm(state_of[ids][-count:]), torch.tensor(window[-count:]))
+        for ids, window, count in zip(inputs, windows, counts, strict=True)
     ]
 
 
