@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from quant.format import read_checkpoint
@@ -18,10 +19,10 @@ ENGINES = ("auto", "reference")
 
 
 class UnknownEngineError(ValueError):
-    """This release has no engine of that name; the message lists those it has."""
+    """This release has no engine of that name for what is asked of it; the message lists those it has."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"this release has no engine {name!r}; it has: {', '.join(ENGINES)}")
+    def __init__(self, name: str, known: Sequence[str] = ENGINES) -> None:
+        super().__init__(f"this release has no engine {name!r}; it has: {', '.join(known)}")
 
 
 def load_engine(name: str, path: Path, limits: SchedulerLimits | None = None) -> Engine:
