@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from benchmarks.check_vllm_export import UnquantizedInputs
 from quant import arithmetic
 from quant.export import export_checkpoint, pack_words
 from quant.export_cli import export
@@ -38,24 +38,6 @@ EIGHT_BITS = {
     "activation_granularity": "token",
 }
 MIXED = named("w4a4-token").changed(down=EIGHT_BITS, head=8)
-
-
-class SixteenBitInputs:
-    """A checkpoint whose inputs, keys and values nothing quantizes: what an export without activations stands for."""
-
-    def __init__(self, reader: CheckpointReader) -> None:
-        self.path, self.config, self.scheme = reader.path, reader.config, None
-        self.embedding, self.norm = reader.embedding, reader.norm
-        self._reader = reader
-
-    def linear(self, name: str) -> Any:
-        return self._unquantized(self._reader.linear(name))
-
-    def head(self) -> Any:
-        return self._unquantized(self._reader.head())
-
-    def _unquantized(self, linear: Any) -> Any:
-        return replace(linear, input_bits=16, input_scale=None) if isinstance(linear, QuantizedLinear) else linear
 
 
 def exported(tmp_path: Path, scheme: Scheme, activations: str = "none", **overrides: Any) -> tuple[Path, Path]:
@@ -89,7 +71,7 @@ def stock_linear(x_NK: np.ndarray, weight: QuantizedWeight, bits: int) -> np.nda
 )
 def test_transformers_computes_the_simulation_with_inputs_of_16_bits(tmp_path, scheme, overrides):
     source, out = exported(tmp_path, scheme, **overrides)
-    ours = load_model(SixteenBitInputs(CheckpointReader(source)))
+    ours = load_model(UnquantizedInputs(source))
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, atol=1e-4, rtol=0)
