@@ -182,7 +182,8 @@ def _report_as_text(report: dict[str, Any]) -> str:
         lines.append(f"perplexity {report['perplexity']:.4f} over {report['tokens']:,} tokens {by}")
     for result in report["tasks"]:
         accuracy, norm = (_share_as_text(result[key], result[f"{key}_stderr"]) for key in ("accuracy", "accuracy_norm"))
-        lines.append(f"{result['task']}: accuracy {accuracy}, per byte {norm}, {result['questions']} questions {by}")
+        count = f"{result['questions']:,} question" + ("s" if result["questions"] > 1 else "")
+        lines.append(f"{result['task']}: accuracy {accuracy}, per byte {norm}, {count} {by}")
     return "\n".join(lines)
 
 

@@ -63,7 +63,11 @@ def test_it_serves_english_with_no_argument(server: ServerProcess) -> None:
 def test_the_other_commands_say_what_they_need(python: Path) -> None:
     osp = python.with_name("osp")
     assert "train" in subprocess.run([str(osp), "--help"], capture_output=True, text=True, check=True).stdout
-    for command in (["train", "--data", "x", "--out", "y"], ["quantize", "x", "--out", "y"]):
+    for command in (
+        ["train", "--data", "x", "--out", "y"],
+        ["quantize", "x", "--out", "y"],
+        ["eval", "demo", "--data", "x", "--engine", "torch"],
+    ):
         refused = subprocess.run([str(osp), *command], capture_output=True, text=True, check=False)
         assert refused.returncode == 1
         assert "pip install 'osp-runtime[" in refused.stderr

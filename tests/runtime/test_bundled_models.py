@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from quant.corpus import BUNDLED_TEXT
-from quant.format import read_checkpoint, read_tokenizer
-from runtime.engine.reference import ReferenceRunner
-from runtime.evaluate import perplexity
+from quant.format import read_tokenizer
+from runtime.evaluate import load_scorer, perplexity
 from runtime.model_store import BUNDLED_MODELS, resolve_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundled_models.json"
@@ -22,7 +21,7 @@ def test_golden_perplexity(name: str) -> None:
     golden = json.loads(GOLDEN.read_text("utf-8"))[name]
     path = resolve_model(name)
     text = BUNDLED_TEXT.read_text("utf-8")[:4000]
-    measured = perplexity(ReferenceRunner(read_checkpoint(path)), read_tokenizer(path), [text])
+    measured = perplexity(load_scorer("reference", path), read_tokenizer(path), [text])
     assert measured.tokens == golden["tokens"]
     # Other processors round exp differently in the last bit, and 4-bit codes near a tie follow.
     assert measured.value == pytest.approx(golden["perplexity"], rel=2e-3)

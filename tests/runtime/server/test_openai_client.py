@@ -12,6 +12,7 @@ from checkpoints import SERVED_CONTEXT as CONTEXT
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import ServerProcess
 
+from quant.scheme import named
 from runtime.text.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"
@@ -136,10 +137,9 @@ def test_the_models(client: openai.OpenAI) -> None:
         "max_model_len": CONTEXT,
         "engine": "reference",
         "precision": "w4a4",
-        "scheme": card.model_extra["scheme"],
-        "quality": {"perplexity_16bit": 10.0, "perplexity_w4a4": 10.5},
+        "scheme": named("w4a4").to_dict(),
+        "quality": {"perplexity_16bit": 10.0, "perplexity": 10.5},
     }
-    assert card.model_extra["scheme"]["weight_bits"] == 4
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("owner/other")
 
