@@ -247,17 +247,21 @@ def _provenance(provenance: Mapping[str, Any], scheme: Scheme, activations: str)
 
 
 def _notes(scheme: Scheme, groups: list[SiteGroup], activations: str) -> list[str]:
+    """What engines compute otherwise than the scheme says, a sentence each."""
     notes = []
-    linears = [getattr(scheme, site) for site in EXPORTED_SITES]
-    if activations == "none" and any(linear.activation_bits < 16 for linear in linears):
-        notes.append("inputs keep 16 bits, though the scheme quantizes them; --activations token quantizes them")
-    if activations == "token" and any(linear.static for linear in linears):
-        notes.append("calibrated input scales are dropped: engines find a scale for every token")
+    inputs = [site for site in EXPORTED_SITES if getattr(scheme, site).activation_bits < 16]
+    static = [site for site in EXPORTED_SITES if getattr(scheme, site).static]
+    if activations == "none" and inputs:
+        notes.append(f"inputs of {', '.join(inputs)} keep 16 bits, though the scheme quantizes them")
+    if activations == "token" and static:
+        notes.append(f"calibrated input scales are dropped ({', '.join(static)}): engines find one for every token")
     if any(group.weight_bits == 4 and group.input_bits < 16 for group in groups):
         notes.append(
             "vLLM quantizes the inputs of 4-bit weights with its Humming kernels alone (NVIDIA, --linear-backend "
             "humming); with all others, those of CPUs too, it computes with 16-bit inputs and does not say so"
         )
     if scheme.kv_bits < 16:
-        notes.append(f"the KV cache is the engine's own affair: it will not have {scheme.kv_bits} bits, but 16")
+        notes.append(
+            f"how the KV cache is quantized is the engine's own affair: it will have 16 bits, not {scheme.kv_bits}"
+        )
     return notes

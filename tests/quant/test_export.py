@@ -203,8 +203,8 @@ def test_the_command_says_what_became_other(tmp_path):
     assert told.exit_code == 0, told.output
     assert "4-bit weights, 16-bit inputs: q, k, v, o, gate, up, down" in told.output
     assert "16 bits: head, embedding" in told.output
-    assert "inputs keep 16 bits" in told.output
-    assert "it will not have 4 bits, but 16" in told.output
+    assert "inputs of q, k, v, o, gate, up, down keep 16 bits" in told.output
+    assert "it will have 16 bits, not 4" in told.output
     told = CliRunner().invoke(export, [*arguments, str(tmp_path / "b"), "--activations", "token", "--json"])
     report = json.loads(told.output)
     assert report["groups"] == [
