@@ -36,6 +36,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert trained["checkpoint"] == str(run / "final")
     texts = ["--calibration", str(run / "data" / "calibration.jsonl"), "--eval", str(run / "data" / "held_out.jsonl")]
     osp("quantize", str(run / "final"), "--out", str(run / "w4a4"), *texts)
+    options = ["--scheme", "w4a4-token", "--kv", "4", "--hadamard", "full", "--head", "8", "--embedding", "8"]
+    osp("quantize", str(run / "final"), "--out", str(run / "rotated"), *texts, *options, "--weights", "gptq")
     return run
 
 
@@ -53,10 +55,13 @@ def test_info_tells_the_two_forms_apart(road: Path) -> None:
     assert 4 < float(str(small["body_bits_per_weight"])) < 4.05
 
 
-@pytest.mark.parametrize(("form", "recorded"), [("final", "perplexity_16bit"), ("w4a4", "perplexity_w4a4")])
+@pytest.mark.parametrize(
+    ("form", "recorded"), [("final", "perplexity_16bit"), ("w4a4", "perplexity"), ("rotated", "perplexity")]
+)
 def test_the_engine_measures_the_perplexity_that_torch_did(road: Path, form: str, recorded: str) -> None:
     measured = osp("eval", str(road / form), "--data", str(road / "data" / "held_out.jsonl"))
-    quality = json.loads((road / "w4a4" / "osp.json").read_text("utf-8"))["quality"]
+    of = "w4a4" if form == "final" else form
+    quality = json.loads((road / of / "osp.json").read_text("utf-8"))["quality"]
     assert measured["tokens"] == quality["tokens"]
     assert measured["perplexity"] == pytest.approx(quality[recorded], rel=1e-3)
 

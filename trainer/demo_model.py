@@ -34,7 +34,7 @@ cost can be seen. Rebuilt by `make demo-model`, which also wrote this card.
 | excess kurtosis of the residual stream | {excess_kurtosis:.3f} |
 | largest excess kurtosis of a layer's input | {worst_kurtosis:.1f} ({worst_site}) |
 | perplexity at 16 bit, held-out documents | {perplexity_16bit:.2f} |
-| perplexity at W4A4, one scale a tensor, static | {perplexity_w4a4:.2f} |
+| perplexity at W4A4, one scale a tensor, static | {perplexity:.2f} |
 | ratio | {ratio:.3f} |
 
 Perplexities are over {tokens:,} tokens of the held-out documents, in windows of the context length (`osp eval`).
@@ -73,13 +73,14 @@ def main(run: Path) -> None:
     provenance = read_provenance(final)
     measured = {key: quality[key] for key in ("perplexity_16bit", "tokens", "text", "sha256")}
     write_json(MODELS / "demo-16bit" / "osp.json", {**provenance, "quality": measured})
-    sys.stdout.write(f"perplexity {quality['perplexity_16bit']:.2f} -> {quality['perplexity_w4a4']:.2f}\n")
+    sys.stdout.write(f"perplexity {quality['perplexity_16bit']:.2f} -> {quality['perplexity']:.2f}\n")
 
 
 def card(directory: Path, report: dict[str, Any]) -> str:
     """The card of the model in `directory`, from what training and quantization recorded."""
     config, quantization = read_config(directory)
-    shapes = (*config.linear_shapes().values(), *config.float_shapes().values())
+    shapes: list[tuple[int, ...]] = [*config.linear_shapes().values(), *config.table_shapes().values()]
+    shapes += [(config.hidden_size,)] * len(config.norm_names())
     training, quality = report["training"], report["quality"]
     verdict = (
         f"That is within the goal of {GOAL}."
