@@ -27,24 +27,52 @@ def appearing_whole(out: Path) -> Iterator[Path]:
         FileExistsError: `out` exists and is not an empty directory.
         OSError: no directory can be made there.
     """
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty directory; name another, or remove it first")
+    require_vacant(out)
     resolved = out.resolve()
-    missing = [parent for parent in resolved.parents if not os.path.lexists(parent)]
     partial = resolved.with_name(f".{resolved.name}.{os.getpid()}.partial")
+    made_parents = make_beside(out, partial)
     try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise OSError(f"{out} cannot be made: {error.strerror}") from error
         yield partial
         partial.rename(resolved)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in missing:  # innermost first; one that holds something by now stays
-            with suppress(OSError):
-                parent.rmdir()
+        unmake(partial, made_parents)
         raise
+
+
+def require_vacant(out: Path) -> None:
+    """Raises `FileExistsError` if `out` exists and is not an empty directory."""
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty directory; name another, or remove it first")
+
+
+def make_beside(out: Path, directory: Path) -> list[Path]:
+    """Makes a directory beside `out`.
+
+    Returns:
+        The parents that were made for it, innermost first.
+
+    Raises:
+        OSError: it is there already, or cannot be made; nothing remains of its parents.
+    """
+    missing = [parent for parent in directory.parents if not os.path.lexists(parent)]
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        _remove_empty(missing)
+        raise OSError(f"{out} cannot be made: {error.strerror}") from error
+    return missing
+
+
+def unmake(directory: Path, made_parents: list[Path]) -> None:
+    """Removes a directory with all that is in it, and those of the parents that hold nothing else."""
+    shutil.rmtree(directory, ignore_errors=True)
+    _remove_empty(made_parents)
+
+
+def _remove_empty(parents: list[Path]) -> None:
+    for parent in parents:
+        with suppress(OSError):  # one that holds something by now stays
+            parent.rmdir()
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from quant.directories import make_beside, require_vacant, unmake
 from quant.files import read_json, write_json
 from quant.tensors import Tensor
 
@@ -95,30 +96,22 @@ def partial_run(out: Path, *, resume: bool) -> Iterator[PartialRun]:
             set.
         OSError: no directory can be made there.
     """
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty directory; name another, or remove it first")
+    require_vacant(out)
     resolved = out.resolve()
-    missing = [parent for parent in resolved.parents if not os.path.lexists(parent)]
     run = PartialRun(resolved.with_name(f".{resolved.name}.partial"))
     if not resume and run.finished():
         raise FileExistsError(
             f"{run.directory} holds an unfinished run; go on with --resume, or remove the directory to start anew"
         )
+    made_parents = [] if run.directory.is_dir() else make_beside(out, run.directory)
     try:
-        try:
-            run.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"{out} cannot be made: {error.strerror}") from error
         yield run
         run.checkpoint.rename(resolved)
         shutil.rmtree(run.directory)
     except BaseException as error:
         parts = run.finished()
         if not parts:
-            shutil.rmtree(run.directory, ignore_errors=True)
-            for parent in missing:  # innermost first; one that holds something by now stays
-                with suppress(OSError):
-                    parent.rmdir()
+            unmake(run.directory, made_parents)
         elif not isinstance(error, OtherRunError):
             error.add_note(
                 f"the finished parts ({len(parts)}) are kept in {run.directory}; go on with --resume, or "
