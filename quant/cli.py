@@ -69,6 +69,12 @@ def _parse_clip(_ctx: click.Context, _param: click.Parameter, value: str) -> Cli
     show_default=True,
     help="By which perplexity may grow before the model is said not to be outlier-safe.",
 )
+@click.option("--tune-steps", type=click.IntRange(min=0), default=0, help="Tune the model for its scheme first.")
+@click.option("--data", type=TEXT, multiple=True, help="Text to tune on, of the kind that the model was trained on.")
+@click.option(
+    "--tune-lr", type=float, help="Muon's learning rate in tuning: about a fifth of the training's.  [default: 6e-4]"
+)
+@click.option("--save-tuned", type=TEXT, help="Directory to leave the tuned 16-bit checkpoint in.")
 @click.option("--strict", is_flag=True, help="A model that is not outlier-safe is an error; nothing is written.")
 @click.option("--resume", is_flag=True, help="Go on after the last layer that an interrupted run has finished.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -80,6 +86,10 @@ def quantize(
     kv: str | None,
     head: str | None,
     embedding: str | None,
+    tune_steps: int,
+    data: tuple[Path, ...],
+    tune_lr: float | None,
+    save_tuned: Path | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -89,11 +99,22 @@ def quantize(
     held back to measure perplexity on.
     """
     from quant.convert import quantize_checkpoint
+    from quant.finish import tune_and_quantize
+    from quant.tuning import TuneSettings, TuningError
 
+    if bool(tune_steps) != bool(data):
+        raise click.UsageError("--tune-steps and --data go together: how long to tune, and on what")
+    if not tune_steps and (tune_lr is not None or save_tuned is not None):
+        raise click.UsageError("--tune-lr and --save-tuned say nothing without --tune-steps")
+    settings["progress"] = not as_json
     try:
         chosen = choose_scheme(scheme, hadamard=hadamard, kv=kv, head=head, embedding=embedding)
-        report = quantize_checkpoint(checkpoint, out, chosen, progress=not as_json, **settings)
-    except USER_ERRORS as error:
+        if tune_steps:
+            tuning = TuneSettings(tune_steps) if tune_lr is None else TuneSettings.with_rate(tune_steps, tune_lr)
+            report = tune_and_quantize(checkpoint, out, chosen, data, tuning, save_tuned=save_tuned, **settings)
+        else:
+            report = quantize_checkpoint(checkpoint, out, chosen, **settings)
+    except (*USER_ERRORS, TuningError) as error:
         raise click.ClickException("; ".join([str(error), *getattr(error, "__notes__", [])])) from error
     except KeyboardInterrupt as error:
         for note in getattr(error, "__notes__", []):

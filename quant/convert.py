@@ -65,6 +65,7 @@ def quantize_checkpoint(
     max_ratio: float = OUTLIER_SAFE_RATIO,
     progress: bool = False,
     resume: bool = False,
+    untuned: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Quantizes the checkpoint at `source` into the directory `out`, which appears whole or not at all.
 
@@ -81,6 +82,7 @@ def quantize_checkpoint(
         max_ratio: by which perplexity may grow before the model counts as one that does not survive.
         progress: bars on stderr where that is a terminal.
         resume: goes on after the last layer that an interrupted run has finished, if there is one.
+        untuned: of a tuned source, the "quality" of what it was before: quality is then measured against that.
 
     Returns:
         What osp.json records: scheme, errors of every site, hashes of the texts, perplexity before and after.
@@ -115,7 +117,7 @@ def quantize_checkpoint(
         report = _write(reader, view, plan, calibration_text, run)
         before = measure_perplexity(reader, heldout_windows, progress="perplexity before" if progress else None)
         after = _perplexity_after(run.checkpoint, heldout_windows, progress)
-        quality = _quality(before, after, heldout_text)
+        quality = _quality(before, after, heldout_text, untuned)
         sites = report["quantization"]["sites"]
         report |= {"quality": quality, "warning": warning(scheme, weights, sites, quality, max_ratio)}
         format.write_json(run.checkpoint / "osp.json", report)
@@ -248,12 +250,11 @@ def _perplexity_after(checkpoint: Path, windows: list[list[int]], progress: bool
         return None
 
 
-def _quality(before: Perplexity, after: Perplexity | None, text: Corpus) -> dict[str, Any]:
-    return {
-        "perplexity_16bit": before.value,
-        "perplexity": after and after.value,
-        "ratio": after and after.value / before.value,
-        "tokens": before.tokens,
-        "text": text.source,
-        "sha256": text.sha256,
-    }
+def _quality(
+    before: Perplexity, after: Perplexity | None, text: Corpus, untuned: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    full = before.value if untuned is None else untuned["perplexity_16bit"]
+    quality = {"perplexity_16bit": full, "perplexity": after and after.value, "ratio": after and after.value / full}
+    if untuned is not None:
+        quality |= {"perplexity_16bit_tuned": before.value, "perplexity_untuned": untuned["perplexity"]}
+    return {**quality, "tokens": before.tokens, "text": text.source, "sha256": text.sha256}

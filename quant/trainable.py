@@ -8,6 +8,8 @@ checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +76,7 @@ class TrainableQuantizedLinear(nn.Module):
         weight: float32 [M, K], not rotated: what a 16-bit checkpoint holds.
         weight_scale: [1, 1] or [M, 1].
         input_scale: [1], shared by the layers that read the same tensor; None where there is no static one.
+        rounding: where it is False, this is the linear layer of the 16-bit checkpoint.
     """
 
     def __init__(
@@ -90,9 +93,12 @@ class TrainableQuantizedLinear(nn.Module):
         self.weight_scale = weight_scale
         self.input_scale = input_scale
         self.rotation = rotation
+        self.rounding = True
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
+        if not self.rounding:
+            return F.linear(x, weight)
         if self.rotation is not None:
             x, weight = self.rotation(x.float()), self.rotation(weight)
         weight_scale = self.weight_scale()
@@ -138,6 +144,25 @@ def trainable_model(reader: CheckpointReader, quantized: CheckpointReader, schem
     for table in (model.model.embed_tokens, model.lm_head):
         table.weight.requires_grad_(True)
     return model
+
+
+@contextmanager
+def unrounded(model: LlamaForCausalLM) -> Iterator[None]:
+    """Within it, a trainable model computes as its 16-bit checkpoint does."""
+    layers = [module for module in model.modules() if isinstance(module, TrainableQuantizedLinear)]
+    attentions: list[Any] = [block.self_attn for block in model.model.layers]
+    kv_bits = [attention.kv_bits for attention in attentions]
+    try:
+        for layer in layers:
+            layer.rounding = False
+        for attention in attentions:
+            attention.kv_bits = 16
+        yield
+    finally:
+        for layer in layers:
+            layer.rounding = True
+        for attention, bits in zip(attentions, kv_bits, strict=True):
+            attention.kv_bits = bits
 
 
 def parameter_groups(model: LlamaForCausalLM) -> dict[str, list[nn.Parameter]]:

@@ -1,16 +1,19 @@
-"""Quantization-aware finishing: a short training of the finished model, rounded as its checkpoint will be.
+"""Quantization-aware finishing: a short training in which the rounded model learns to be what the 16-bit one was.
 
 Weights and inputs are rounded with the arithmetic of `quant.arithmetic`, straight through, and the scales are learned
-with them. Matrices of the blocks are trained by Muon, as outlier-safe models are; embedding and head by AdamW; norms
-stay as they are. The result is a 16-bit checkpoint like the one that it started from, with `scales.safetensors` beside
-it, and rounding it by those scales gives the codes that were trained.
+with them. What is learned from is not the text but what the 16-bit model makes of it (the Kullback-Leibler divergence
+of the next token's distribution), so that any text of the model's kind will do. A share of each batch goes through the
+weights unrounded as well: the tuned 16-bit checkpoint stays as good as it was.
+
+Matrices of the blocks are trained by Muon, as outlier-safe models are; embedding and head by AdamW; norms stay as they
+are. The result is a 16-bit checkpoint like the one that it started from, with `scales.safetensors` beside it, and
+rounding it by those scales gives the codes that were trained.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,18 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from quant.directories import copy_companions
-from quant.format import WEIGHTS_FILE, CheckpointReader, read_tokenizer, write_json
+from quant.format import CheckpointReader, read_tokenizer
+from quant.model import load_model
 from quant.scheme import Scheme, SchemeError
-from quant.trainable import TrainableQuantizedLinear, parameter_groups, trainable_model
-from quant.tuned_scales import write_scales
+from quant.trainable import parameter_groups, trainable_model, unrounded
+from quant.tuned_checkpoint import write_tuned
 from quant.tuning_text import TuningText
 
 EVALUATIONS = 10
@@ -51,6 +52,7 @@ class TuneSettings:
         batch_tokens: tokens a step; at least one window of the context length.
         matrix_lr: Muon's, for the matrices of the blocks. About a fifth of what the model was trained with.
         table_lr: AdamW's, for embedding and head.
+        unrounded_share: of the windows of a batch, those that the unrounded weights learn from too.
         scale_lr: Adam's, for the logarithms of the scales.
         patience: evaluations in a row without a better held-back loss after which tuning stops.
     """
@@ -59,15 +61,23 @@ class TuneSettings:
     batch_tokens: int = 4096
     micro_batch_tokens: int = 8192
     matrix_lr: float = 6e-4
-    table_lr: float = 4e-4
+    table_lr: float = 2e-4
     scale_lr: float = 2e-3
     weight_decay: float = 0.01
     warmup_share: float = 0.03
+    unrounded_share: float = 0.25
     gradient_clip: float = 1.0
     patience: int = 3
     seed: int = 0
 
+    @classmethod
+    def with_rate(cls, steps: int, matrix_lr: float) -> TuneSettings:
+        """With another learning rate of the matrices, and one for the tables that keeps its proportion."""
+        return cls(steps, matrix_lr=matrix_lr, table_lr=matrix_lr / 3)
+
     def __post_init__(self) -> None:
+        if not 0 <= self.unrounded_share <= 1:
+            raise TuningError(f"unrounded_share must lie between 0 and 1, is {self.unrounded_share}")
         for name in ("steps", "batch_tokens", "micro_batch_tokens", "patience"):
             if getattr(self, name) < 1:
                 raise TuningError(f"{name} must be at least 1, is {getattr(self, name)}")
@@ -114,7 +124,7 @@ def tune(
         run.load(out / STATE_FILE)
     run.train(out / STATE_FILE, progress=progress)
     report = run.report()
-    _write(reader, out, run.model, report)
+    write_tuned(reader, out, run.model, report)
     (out / STATE_FILE).unlink(missing_ok=True)
     return report
 
@@ -129,6 +139,7 @@ class _Run:
     settings: TuneSettings
     text: TuningText
     model: LlamaForCausalLM = field(init=False)
+    teacher: LlamaForCausalLM = field(init=False)
     optimizers: list[torch.optim.Optimizer] = field(init=False)
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -136,6 +147,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.model = trainable_model(self.reader, self.quantized, self.scheme)
+        self.teacher = load_model(self.reader)
         self.optimizers = _make_optimizers(self.model, self.settings)
 
     def train(self, state_file: Path, *, progress: bool) -> None:
@@ -150,7 +162,7 @@ class _Run:
                 bar.update()
                 if self.step % every == 0 or self.step == settings.steps:
                     self._evaluate()
-                    bar.set_postfix_str(f"held-back loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
+                    bar.set_postfix_str(f"held-back divergence {self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
                     self.save(state_file)
         self.model.load_state_dict(self.best)
 
@@ -166,7 +178,13 @@ class _Run:
         batch_BL, total = torch.from_numpy(self.text.batch(self.step, settings.batch_tokens)), 0.0
         rows = max(1, settings.micro_batch_tokens // (batch_BL.shape[1] - 1))
         for part_BL in torch.split(batch_BL, rows):
-            loss = _loss(self.model, part_BL) * (len(part_BL) / len(batch_BL))
+            wanted_BLV = self._teach(part_BL)
+            loss = _divergence(self.model, part_BL, wanted_BLV)
+            kept = round(settings.unrounded_share * len(part_BL))
+            if kept:
+                with unrounded(self.model):
+                    loss = loss + _divergence(self.model, part_BL[:kept], wanted_BLV[:kept]) * (kept / len(part_BL))
+            loss = loss * (len(part_BL) / len(batch_BL))
             torch.autograd.backward(loss)
             total += loss.item()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -181,9 +199,14 @@ class _Run:
         self.step += 1
 
     @torch.no_grad()
+    def _teach(self, windows_BL: Tensor) -> Tensor:
+        """The 16-bit model's log probabilities, [B, L, V]."""
+        return _log_probabilities(self.teacher, windows_BL)
+
+    @torch.no_grad()
     def _evaluate(self) -> None:
         parts = torch.split(torch.from_numpy(self.text.held_back), 8)
-        total = sum(_loss(self.model, part).item() * len(part) for part in parts)
+        total = sum(_divergence(self.model, part, self._teach(part)).item() * len(part) for part in parts)
         self.losses.append(total / len(self.text.held_back))
         if self.losses[-1] <= min(self.losses):
             self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
@@ -227,16 +250,21 @@ class _Run:
             "tokens_seen": self.step * self.text.batch(0, self.settings.batch_tokens)[:, 1:].size,
             "text": self.text.source,
             "sha256": self.text.sha256,
-            "held_back_loss_before": self.losses[0],
-            "held_back_loss": min(self.losses),
+            "held_back_divergence_before": self.losses[0],
+            "held_back_divergence": min(self.losses),
         }
 
 
-def _loss(model: LlamaForCausalLM, windows_BL: Tensor) -> Tensor:
-    """Cross-entropy, nats a token."""
+def _log_probabilities(model: LlamaForCausalLM, windows_BL: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits_BLV = model(windows_BL[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits_BLV.float().flatten(0, 1), windows_BL[:, 1:].flatten())
+        logits_BLV: Tensor = model(windows_BL[:, :-1], use_cache=False).logits
+    return logits_BLV.float().log_softmax(-1)
+
+
+def _divergence(model: LlamaForCausalLM, windows_BL: Tensor, wanted_BLV: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from what is wanted to what the model says, nats a token."""
+    said_BLV = _log_probabilities(model, windows_BL)
+    return F.kl_div(said_BLV.flatten(0, 1), wanted_BLV.flatten(0, 1), log_target=True, reduction="batchmean")
 
 
 def _make_optimizers(model: LlamaForCausalLM, settings: TuneSettings) -> list[torch.optim.Optimizer]:
@@ -258,25 +286,3 @@ def _make_optimizers(model: LlamaForCausalLM, settings: TuneSettings) -> list[to
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["base_lr"] = group["lr"]
     return optimizers
-
-
-def _write(reader: CheckpointReader, out: Path, model: LlamaForCausalLM, report: dict[str, Any]) -> None:
-    """The tuned checkpoint: every tensor in the type that the source stores it in, and the scales."""
-    config = reader.config
-    tensors = {name: torch.from_numpy(reader.norm(name).astype(np.float32)) for name in config.norm_names()}
-    scales: dict[str, NDArray[np.float32]] = {}
-    for name in (*config.linear_shapes(), *config.table_shapes()):
-        module: Any = model.get_submodule(name)
-        tensors[f"{name}.weight"] = module.weight.detach()
-        if isinstance(module, TrainableQuantizedLinear):
-            scales[f"{name}.weight_scale"] = module.weight_scale().detach().flatten().numpy()
-            if module.input_scale is not None:
-                scales[f"{name}.input_scale"] = module.input_scale().detach().flatten().numpy()
-    dtype = getattr(torch, str(reader.norm("model.norm.weight").dtype))
-    copy_companions(reader.path, out)
-    shutil.copyfile(reader.path / "config.json", out / "config.json")
-    stored = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}
-    save_file(stored, out / WEIGHTS_FILE, metadata={"format": "pt"})
-    shutil.copymode(out / "config.json", out / WEIGHTS_FILE)  # safetensors lets only the owner read its files
-    write_scales(out, scales)
-    write_json(out / "osp.json", {**reader.provenance, "tuning": report})

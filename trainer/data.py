@@ -2,8 +2,9 @@
 
 A run directory's `data/` holds the tokenizer and two streams of token ids, `train.bin` and `held_out.bin`: documents
 one after the other, each starting with the end-of-text token. Batches are windows of the training stream in an order
-that depends on the seed and the step only, so the step number is the whole cursor. Beside them stand the held-out
-documents as text (`held_out.jsonl`), and some training documents to calibrate a quantizer on (`calibration.jsonl`).
+that depends on the seed and the step only, so the step number is the whole cursor. Beside them stand the documents as
+text, for the quantizer: those held out (`held_out.jsonl`), to measure on; those trained on (`train.jsonl`), to tune on;
+and some of the latter (`calibration.jsonl`), to calibrate on.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def _write_streams(documents: Sequence[str], digest: str, directory: Path, confi
             )
         ids.tofile(directory / f"{name}.bin")
     save_tokenizer(tokenizer, directory, config.model.context_length)
+    write_documents(directory / "train.jsonl", train)
     write_documents(directory / "held_out.jsonl", held_out)
     write_documents(directory / "calibration.jsonl", sorted(train, key=_rank)[:CALIBRATION_DOCUMENTS])
     summary = {
