@@ -88,6 +88,12 @@ def test_a_percentile_bounds_static_scales(path):
         assert float(statistics.scale) * 7 == pytest.approx(np.percentile(np.abs(inputs[name]), 99), rel=0.02)
 
 
+def test_the_norm_of_the_error_decides(path):
+    squared, high = (observed(path, named("w4a4"), clip=ClipSearch(norm=norm)) for norm in (2.0, 8.0))
+    assert all(squared[name].mse < high[name].mse for name in squared)
+    assert all(squared[name].clip_ratio < high[name].clip_ratio for name in squared)
+
+
 def test_a_scale_a_token_is_measured_and_not_chosen(path):
     seen, inputs = observed(path, named("w4a4-token")), captured(path)
     for name, statistics in seen.items():

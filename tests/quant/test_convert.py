@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import LlamaForCausalLM
 
-from quant import arithmetic
+from quant import arithmetic, convert
 from quant.calibrate import Calibration
 from quant.clip import ClipSearch
 from quant.convert import quantize_checkpoint
@@ -185,6 +185,19 @@ def test_calibration_has_enough_at_some_point(checkpoint_path, tmp_path):
     assert report["quantization"]["calibration"]["tokens"] == 150 - 30
     assert report["quantization"]["calibration"]["cut"]
     assert report["quality"]["tokens"] == 29  # a window of 30
+
+
+def test_calibration_windows_have_a_limit_of_their_own(checkpoint_path, text_path, tmp_path, monkeypatch):
+    lengths, begin = [], HiddenStates.__init__
+
+    def recording(self, source, cut):
+        lengths.append({len(window) for window in cut})
+        begin(self, source, cut)
+
+    monkeypatch.setattr(convert, "CALIBRATION_WINDOW", 8)
+    monkeypatch.setattr(HiddenStates, "__init__", recording)
+    quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, calibration=[text_path], heldout=[text_path])
+    assert lengths == [{8}, {32, 360 % 32}, {32, 360 % 32}]  # quality is measured over the whole context
 
 
 def test_text_to_evaluate_on_leaves_calibration_whole(checkpoint_path, text_path, tmp_path):
