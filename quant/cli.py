@@ -10,6 +10,7 @@ import click
 
 from quant.arithmetic import NonFiniteError
 from quant.clip import ClipSearch
+from quant.corpus import CALIBRATION_TOKENS
 from quant.llama import CheckpointError
 from quant.partial import OtherRunError
 from quant.report import OUTLIER_SAFE_RATIO, NotOutlierSafeError, table
@@ -59,7 +60,11 @@ def _parse_clip(_ctx: click.Context, _param: click.Parameter, value: str) -> Cli
     "--calibration", type=TEXT, multiple=True, help="Text for activation ranges: .txt, .md, .jsonl, directory."
 )
 @click.option(
-    "--calibration-tokens", type=click.IntRange(min=2), default=65_536, show_default=True, help="Read no more of it."
+    "--calibration-tokens",
+    type=click.IntRange(min=2),
+    default=CALIBRATION_TOKENS,
+    show_default=True,
+    help="Read no more of it.",
 )
 @click.option("--eval", "heldout", type=TEXT, multiple=True, help="Text to measure perplexity on, before and after.")
 @click.option(

@@ -20,7 +20,7 @@ from quant import format
 from quant.arithmetic import NonFiniteError
 from quant.calibrate import Calibration, InputStatistics
 from quant.clip import ClipSearch
-from quant.corpus import Corpus, read_corpus
+from quant.corpus import CALIBRATION_TOKENS, Corpus, read_corpus
 from quant.directories import copy_companions
 from quant.files import read_json
 from quant.format import CheckpointReader
@@ -37,9 +37,6 @@ from quant.tensors import Tensor
 from quant.text import Perplexity
 from quant.tokenizer import read_tokenizer
 from quant.tuned_scales import SCALES_FILE, differing_settings, read_scales, tuned_scheme
-
-CALIBRATION_TOKENS = 65_536
-"""Calibration text is read up to here: static scales settle long before."""
 
 CALIBRATION_WINDOW = 2048
 """Calibration windows are no longer, whatever the model's context: a layer's activations are in memory for one."""
@@ -94,11 +91,14 @@ def quantize_checkpoint(
         OtherRunError: the run to resume was made from something else.
         CheckpointError: `source` is not a usable full-precision checkpoint.
         SchemeError: `scheme` makes no sense for this model.
+        ValueError: `weights` is neither of the two.
         TextError: a text cannot be read or is too short.
         NonFiniteError: a weight, an activation or the source's perplexity is NaN or infinite; the message names it.
         NotOutlierSafeError: the model does not survive, and `strict` is set.
         Once a layer is finished, an error of any kind has a note that says how to go on.
     """
+    if weights not in ("rtn", "gptq"):
+        raise ValueError(f"{weights!r} is no way to round weights; known: rtn, gptq")
     source, out = Path(source), Path(out)
     with partial_run(out, resume=resume) as run:  # first, so that a place where nothing can be written costs no work
         reader = CheckpointReader(source)
@@ -145,7 +145,7 @@ def _read_texts(
 def _made_from(reader: CheckpointReader, plan: Calibration, windows: list[list[int]]) -> dict[str, Any]:
     """All that determines the parts of a run, by names for an error. Files count as the same by size and time."""
     files = sorted(file for file in reader.path.iterdir() if file.suffix in (".safetensors", ".json"))
-    stats = {file.name: file.stat() for file in files}
+    stats = {file.name: file.stat() for file in files if file.is_file()}
     return {
         "tool version": version("osp-runtime"),
         "source files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},

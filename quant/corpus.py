@@ -15,6 +15,9 @@ from quant.text import TextError, read_documents, windows
 BUNDLED_TEXT = Path(__file__).with_name("calibration.txt")
 """What is calibrated on when no text is given: varied English prose, written for this purpose."""
 
+CALIBRATION_TOKENS = 65_536
+"""Calibration text is read up to here, unless another limit is set: static scales settle long before."""
+
 HELD_BACK_SHARE = 5
 """One part in this many of the calibration text is held back to measure quality on when no other text is given."""
 

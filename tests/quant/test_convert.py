@@ -197,7 +197,8 @@ def test_calibration_windows_have_a_limit_of_their_own(checkpoint_path, text_pat
     monkeypatch.setattr(convert, "CALIBRATION_WINDOW", 8)
     monkeypatch.setattr(HiddenStates, "__init__", recording)
     quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, calibration=[text_path], heldout=[text_path])
-    assert lengths == [{8}, {32, 360 % 32}, {32, 360 % 32}]  # quality is measured over the whole context
+    assert lengths[0] == {8}
+    assert min(max(later) for later in lengths[1:]) > 8  # quality is measured over the whole context
 
 
 def test_text_to_evaluate_on_leaves_calibration_whole(checkpoint_path, text_path, tmp_path):
@@ -239,6 +240,8 @@ def test_what_a_server_needs_is_copied(checkpoint_path, text_path, tmp_path):
 def test_what_cannot_be_quantized_is_refused(checkpoint_path, tmp_path):
     with pytest.raises(SchemeError, match="width 41 is odd"):
         quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4.changed(hadamard="ffn"))
+    with pytest.raises(ValueError, match="'awq' is no way to round weights"):
+        quantize_checkpoint(checkpoint_path, tmp_path / "out", W4A4, weights="awq")
     tokenizer = json.loads((checkpoint_path / "tokenizer.json").read_text())
     write_json(checkpoint_path / "tokenizer.json", tokenizer | {"pre_tokenizer": {"type": "Unheard"}})
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
