@@ -38,9 +38,9 @@ cost can be seen. Rebuilt by `make demo-model`, which also wrote this card.
 | perplexity at W4A4, one scale a tensor, static | {perplexity:.2f} |
 | ratio | {ratio:.3f} |
 
-W4A4: one scale a tensor, for weights and activations alike; keys and values in 4 bits; the input of each down projection
-passes a Hadamard transform; head and embedding have 8 bits. Perplexities are over {tokens:,} tokens of the held-out
-documents, in windows of the context length (`osp eval`). {verdict}
+W4A4: one scale a tensor, for weights and activations alike; keys and values in 4 bits; the input of each down
+projection passes a Hadamard transform; head and embedding have 8 bits. Perplexities are over {tokens:,} tokens of the
+held-out documents, in windows of the context length (`osp eval`). {verdict}
 
 ## Text and licence
 

@@ -24,7 +24,7 @@ from quant.tuning import TuneSettings, TuningError, tune
 
 SCHEME = named("w4a4").changed(hadamard="ffn", kv_bits=4)
 SHAPE = {"intermediate_size": 40}
-SETTINGS = TuneSettings(steps=12, batch_tokens=64, matrix_lr=3e-3, table_lr=3e-3)
+SETTINGS = TuneSettings(steps=12, batch_tokens=64, matrix_lr=1e-3, table_lr=1e-3, patience=20)
 
 
 @pytest.fixture
