@@ -10,7 +10,7 @@ BUILD := build
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-lowest lint format setup corpus demo-model clean
+.PHONY: help serve test test-lowest lint format setup corpus demo-model materials quantization-table clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,21 @@ $(BUILD)/corpus/speeches.jsonl: $(VENV)/.dev
 demo-model: corpus ## Train, quantize and bundle the demo model again
 	$(BIN)/osp train --preset demo --data $(BUILD)/corpus --out $(BUILD)/demo $(if $(RESUME),--resume)
 	$(BIN)/python -m trainer.demo_model $(BUILD)/demo
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+materials: $(VENV)/.bench ## Fetch SmolLM2, tasks and text, which the tables are measured with
+	$(BIN)/python -m benchmarks.materials $(BUILD)/materials
+
+# Hours; a run that was cut off goes on. The demo model is measured on the documents that its training held out.
+quantization-table: materials ## Measure the tables of docs/quantization.md, after demo-model
+	$(BIN)/python -m benchmarks.quantization runtime/models/demo-16bit --out $(BUILD)/tables/demo.md \
+		--calibration $(BUILD)/demo/data/calibration.jsonl --eval $(BUILD)/demo/data/held_out.jsonl
+	$(BIN)/python -m benchmarks.quantization $(BUILD)/materials/smollm2 --out $(BUILD)/tables/smollm2.md \
+		--calibration $(BUILD)/materials/prose-calibration.jsonl --eval $(BUILD)/materials/prose-eval.jsonl \
+		--task $(BUILD)/materials/hellaswag.jsonl --task $(BUILD)/materials/mmlu.jsonl
 
 clean: ## Remove everything that was built, the virtual environment too
 	rm -rf $(BUILD) $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

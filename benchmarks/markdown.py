@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.rows import Row, Table
 
 NOT_MEASURED = "not measured"
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def perplexity_cell(perplexity: float | None, perplexity_16bit: float) -> str:
@@ -15,7 +16,7 @@ def perplexity_cell(perplexity: float | None, perplexity_16bit: float) -> str:
     if perplexity is None:
         return "diverges: not finite"
     ratio = perplexity / perplexity_16bit
-    return f"{_short(perplexity, '.2f')} ({_short(ratio, '.3f')} ×)"  # noqa: RUF001 - the sign of multiplication
+    return f"{_short(perplexity, '.2f')} ({_short(ratio, '.3f')} {TIMES})"
 
 
 def task_cell(result: Mapping[str, Any], key: str) -> str:

@@ -68,7 +68,7 @@ def hellaswag_task(row: Record) -> Record:
     As is usual, the begun sentence at the end of the context starts with a capital, "[title]" ends a sentence, and
     what else stands in brackets is left out.
     """
-    begun = re.fullmatch(r"(.*[.!?] )?([a-z].*)", row["ctx"], re.DOTALL)
+    begun = re.fullmatch(r"(.*[.!?] )?([a-z].*[^.!?])", row["ctx"], re.DOTALL)
     context = (begun[1] or "") + begun[2][0].upper() + begun[2][1:] if begun else row["ctx"]
     return {
         "context": _without_brackets(f"{row['activity_label']}: {context}"),
