@@ -10,7 +10,7 @@ BUILD := build
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-lowest lint format setup corpus demo-model materials quantization-table clean
+.PHONY: help serve test test-lowest lint format setup corpus demo-model demo-twin materials quantization-table clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ demo-model: corpus ## Train, quantize and bundle the demo model again
 	$(BIN)/osp train --preset demo --data $(BUILD)/corpus --out $(BUILD)/demo $(if $(RESUME),--resume)
 	$(BIN)/python -m trainer.demo_model $(BUILD)/demo
 
+demo-twin: corpus ## Train the demo model's twin with Adam, to compare
+	$(BIN)/osp train --preset demo --recipe adam --data $(BUILD)/corpus --out $(BUILD)/adam $(if $(RESUME),--resume)
+
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
@@ -69,9 +72,11 @@ materials: $(VENV)/.bench ## Fetch SmolLM2, tasks and text, which the tables are
 	$(BIN)/python -m benchmarks.materials $(BUILD)/materials
 
 # Hours; a run that was cut off goes on. The demo model is measured on the documents that its training held out.
-quantization-table: materials ## Measure the tables of docs/quantization.md, after demo-model
+quantization-table: materials ## Measure the tables of docs/quantization.md, after demo-model and demo-twin
 	$(BIN)/python -m benchmarks.quantization runtime/models/demo-16bit --out $(BUILD)/tables/demo.md \
 		--calibration $(BUILD)/demo/data/calibration.jsonl --eval $(BUILD)/demo/data/held_out.jsonl
+	$(BIN)/python -m benchmarks.quantization $(BUILD)/adam/final --out $(BUILD)/tables/adam.md \
+		--calibration $(BUILD)/adam/data/calibration.jsonl --eval $(BUILD)/adam/data/held_out.jsonl
 	$(BIN)/python -m benchmarks.quantization $(BUILD)/materials/smollm2 --out $(BUILD)/tables/smollm2.md \
 		--calibration $(BUILD)/materials/prose-calibration.jsonl --eval $(BUILD)/materials/prose-eval.jsonl \
 		--task $(BUILD)/materials/hellaswag.jsonl --task $(BUILD)/materials/mmlu.jsonl

@@ -34,9 +34,12 @@ cost can be seen. Rebuilt by `make demo-model`, which also wrote this card.
 | held-out loss | {held_out_loss:.4f} nats a token |
 | excess kurtosis of the residual stream | {excess_kurtosis:.3f} |
 | largest excess kurtosis of a layer's input | {worst_kurtosis:.1f} ({worst_site}) |
+| the same after the Hadamard transform | {rotated_kurtosis:.2f} |
+| tuned for 4 bits on | {tuning_tokens:,} tokens of the training text, {tuning_steps} steps |
 | perplexity at 16 bit, held-out documents | {perplexity_16bit:.2f} |
-| perplexity at W4A4, one scale a tensor, static | {perplexity:.2f} |
-| ratio | {ratio:.3f} |
+| perplexity at {label}, rounded to nearest | {perplexity_untuned:.2f} ({untuned_ratio:.3f} x) |
+| perplexity at {label}, tuned: what `demo` is | {perplexity:.2f} (**{ratio:.3f} x**) |
+| perplexity of the tuned weights at 16 bit | {perplexity_16bit_tuned:.2f} ({tuned_ratio:.4f} x) |
 
 W4A4: one scale a tensor, for weights and activations alike; keys and values in 4 bits; the input of each down
 projection passes a Hadamard transform; head and embedding have 8 bits. Perplexities are over {tokens:,} tokens of the
@@ -80,18 +83,20 @@ def bundle(final: Path, packed: Path) -> None:
     """Copies the 16-bit and the quantized checkpoint into the package, each with its card."""
     report = read_provenance(packed)
     quality = report["quality"]
-    for source, name in ((packed, "demo"), (final, "demo-16bit")):
+    sources = {"demo": packed, "demo-16bit": final}
+    cards = {name: card(name, source, report) for name, source in sources.items()}  # before anything is removed
+    for name, source in sources.items():
         target = MODELS / name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
-        (target / "README.md").write_text(card(target, report), encoding="utf-8")
+        (target / "README.md").write_text(cards[name], encoding="utf-8")
     provenance = read_provenance(final)
     measured = {key: quality[key] for key in ("perplexity_16bit", "tokens", "text", "sha256")}
     write_json(MODELS / "demo-16bit" / "osp.json", {**provenance, "quality": measured})
     sys.stdout.write(f"perplexity {quality['perplexity_16bit']:.2f} -> {quality['perplexity']:.2f}\n")
 
 
-def card(directory: Path, report: dict[str, Any]) -> str:
+def card(name: str, directory: Path, report: dict[str, Any]) -> str:
     """The card of the model in `directory`, from what training and quantization recorded."""
     config, quantization = read_config(directory)
     shapes = (*config.linear_shapes().values(), *config.table_shapes().values())
@@ -101,9 +106,9 @@ def card(directory: Path, report: dict[str, Any]) -> str:
         f"That is within the goal of {GOAL}." if quality["ratio"] <= GOAL else f"The goal is {GOAL}, and it is missed."
     )
     sites = report["quantization"]["sites"]
-    worst = max(sites, key=lambda site: sites[site]["input_excess_kurtosis"])
+    worst = max(config.linear_shapes(), key=lambda site: float(sites[site]["input_excess_kurtosis"]))
     return CARD.format(
-        name=directory.name,
+        name=name,
         form="tuned for 4 bits and in them" if quantization else "in bfloat16",
         label=SCHEME.label,
         untuned_ratio=quality["perplexity_untuned"] / quality["perplexity_16bit"],
@@ -113,6 +118,7 @@ def card(directory: Path, report: dict[str, Any]) -> str:
         verdict=verdict,
         worst_site=worst,
         worst_kurtosis=sites[worst]["input_excess_kurtosis"],
+        rotated_kurtosis=sites[worst]["input_rotated_excess_kurtosis"],
         epochs=training["tokens_seen"] / training["corpus_tokens"],
         **{**training["settings"]["model"], **training, **quality, "parameters": sum(map(math.prod, shapes)) + norms},
     )

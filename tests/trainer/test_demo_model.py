@@ -8,7 +8,7 @@ from trainer.demo_model import MODELS, card
 @pytest.mark.parametrize("name", ["demo", "demo-16bit"])
 def test_the_bundled_card_says_what_was_recorded(name):
     report = json.loads((MODELS / "demo" / "osp.json").read_text("utf-8"))
-    assert (MODELS / name / "README.md").read_text("utf-8") == card(MODELS / name, report)
+    assert (MODELS / name / "README.md").read_text("utf-8") == card(name, MODELS / name, report)
 
 
 def test_both_forms_are_of_one_model():
