@@ -3,7 +3,7 @@
 A run directory holds
 
     config.json      the settings of the run
-    data/            tokenizer and token streams (`data.py`)
+    data/            tokenizer, token streams, documents for the quantizer (`data.py`)
     checkpoints/     step-N.pt, the newest two
     metrics.jsonl    one line a logged step
     final/           the exported Hugging Face Llama
