@@ -18,9 +18,11 @@ from quant.arithmetic import NonFiniteError
 from quant.convert import quantize_checkpoint
 from quant.files import sha256
 from quant.format import CheckpointReader
+from quant.llama import CheckpointError
 from quant.tasks import read_questions, score_task
 from quant.text import read_documents
 from quant.tokenizer import read_tokenizer
+from quant.tuned_scales import SCALES_FILE
 from runtime.evaluate import TorchScorer, perplexity
 
 PROBE = "A sentence to measure in passing."
@@ -51,7 +53,7 @@ class Bench:
         self.model, self.heldout = model, heldout
         self.config = CheckpointReader(model).config
         self._calibration, self._ledger, self._quantize = calibration, ledger, quantize
-        self._source = {"model": fingerprint(model), "calibration": sha256(calibration)}
+        self._source = self._read_source()
 
     def row(self, row: Row, tasks: Sequence[Path] = ()) -> Measured:
         """What the model comes to, quantized as `row` says.
@@ -79,7 +81,12 @@ class Bench:
         out = scratch / "quantized"
         texts = {"calibration": [self._calibration], "heldout": [probe]}
         self._quantize(self.model, out, row.scheme, weights=row.weights, **texts)
+        if self._read_source() != self._source:  # a run takes hours, and its rows are to be of one model
+            raise CheckpointError(self.model, "model or calibration text was changed during the run; start it again")
         return out
+
+    def _read_source(self) -> dict[str, Any]:
+        return {"model": fingerprint(self.model), "calibration": sha256(self._calibration)}
 
     def _measure(
         self, name: str, made_from: Mapping[str, Any], make: Callable[[Path], Path], tasks: Sequence[Path]
@@ -98,13 +105,16 @@ class Bench:
 
 
 def fingerprint(checkpoint: Path) -> list[str]:
-    """Hashes of all that determines what a checkpoint computes.
+    """Hashes of all that determines what a checkpoint computes, and what it is quantized to.
 
     Raises:
         CheckpointError: it is not usable.
     """
     CheckpointReader(checkpoint)
-    return [weights_sha256(checkpoint), *(sha256(checkpoint / name) for name in ("config.json", "tokenizer.json"))]
+    names = ["config.json", "tokenizer.json"]
+    if (checkpoint / SCALES_FILE).exists():
+        names += [SCALES_FILE, "osp.json"]  # which says for what scheme the scales were learned
+    return [weights_sha256(checkpoint), *(sha256(checkpoint / name) for name in names)]
 
 
 def _perplexity(checkpoint: Path, text: Path) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import ledger as ledger_module
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, fingerprint
 from benchmarks.ledger import Ledger
 from benchmarks.markdown import perplexity_cell, task_cell
 from benchmarks.quantization import main, write_tables
 from benchmarks.rows import TASK_ROWS, tables
 from quant.convert import quantize_checkpoint
 from quant.format import CheckpointReader
+from quant.llama import CheckpointError
 from quant.scheme import LINEAR_SITES, LinearScheme, named
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -139,6 +140,27 @@ def test_another_text_is_measured_anew(
     words(texts[0], seed=3)
     write_tables(bench_of(model, texts, quantizer, out), out, command="", patterns=["w4a16"])
     assert len(quantizer.calls) == 3
+
+
+def test_a_model_that_changes_during_the_run_is_noticed(
+    model: Path, texts: tuple[Path, Path], quantizer: CopyingQuantizer, tmp_path: Path
+) -> None:
+    def replace_model(*arguments: Any, **settings: Any) -> None:
+        quantizer(*arguments, **settings)
+        write_full_precision(model, seed=len(quantizer.calls))
+
+    bench = bench_of(model, texts, replace_model, tmp_path / "tables.md")
+    with pytest.raises(CheckpointError, match="changed during the run"):
+        write_tables(bench, tmp_path / "tables.md", command="")
+    assert len(quantizer.calls) == 1
+
+
+def test_learned_scales_make_another_model(model: Path) -> None:
+    before = fingerprint(model)
+    save_file({"x.weight_scale": np.ones(1, np.float32)}, model / "scales.safetensors")
+    (model / "osp.json").write_text('{"tuning": {"scheme": {}}}')
+    assert fingerprint(model)[: len(before)] == before
+    assert fingerprint(model) != before
 
 
 def test_a_run_that_was_cut_off_goes_on(
