@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quant.convert import quantize_checkpoint
 from quant.directories import require_vacant
+from quant.files import read_json, write_json
 from quant.format import read_provenance
+from quant.partial import OtherRunError
 from quant.scheme import Scheme
-from quant.tuning import TuneSettings, tune
+from quant.tuning import TuneSettings, require_tunable, tune
+from quant.tuning_text import TuningText
 
 
 def tune_and_quantize(
@@ -41,27 +46,87 @@ def tune_and_quantize(
         As `quantize_checkpoint`, with quality measured against the untuned model, and "tuning" from `tune`.
 
     Raises:
-        FileExistsError: `out` or `save_tuned` is not vacant, or unfinished work is there and `resume` is not set.
-        As `quantize_checkpoint` and `tune`.
+        FileExistsError: `out` or `save_tuned` is not vacant, one lies in the other, or unfinished work is there and
+            `resume` is not set.
+        OtherRunError: the work to resume was begun with something else.
+        As `quantize_checkpoint` and `tune`. Once there is work to go on with, an error has a note that says how.
     """
     source, out = Path(source), Path(out)
-    for directory in (out, save_tuned):
-        if directory is not None:
-            require_vacant(Path(directory))
+    target = _place_for(save_tuned, out)
+    require_vacant(out)
+    require_tunable(scheme)
     work = out.resolve().with_name(f".{out.resolve().name}.tuning")
     if work.exists() and not resume:
         raise FileExistsError(f"{work} holds an unfinished tuning: go on with --resume, or remove it to start anew")
+    text = TuningText.for_model(source, data, settings.batch_tokens, settings.seed)
+    _begin(work, _begun_with(source, scheme, settings, text, options))
     start, tuned = work / "start", work / "tuned"
-    if not start.exists():
-        quantize_checkpoint(source, start, scheme, progress=progress, resume=resume, **options)
-    if not (tuned / "osp.json").exists():
-        tune(source, start, tuned, data, settings, progress=progress, resume=resume)
-    untuned = read_provenance(start)["quality"]
-    report = quantize_checkpoint(
-        tuned, out, scheme, strict=strict, progress=progress, resume=resume, untuned=untuned, **options
-    )
-    if save_tuned is not None:
-        shutil.rmtree(save_tuned, ignore_errors=True)  # an empty directory may be there
-        shutil.move(tuned, save_tuned)
+    try:
+        if not start.exists():
+            quantize_checkpoint(source, start, scheme, progress=progress, resume=resume, **options)
+        if not (tuned / "osp.json").exists():
+            tune(source, start, tuned, text, settings, progress=progress, resume=resume)
+        report = quantize_checkpoint(
+            tuned,
+            out,
+            scheme,
+            strict=strict,
+            progress=progress,
+            resume=resume,
+            untuned=read_provenance(start)["quality"],
+            **options,
+        )
+    except BaseException as error:
+        error.add_note(f"what is done lies in {work}: go on with --resume, or remove it to start anew")
+        raise
+    if target is not None:
+        target.rmdir()
+        shutil.move(tuned, target)
     shutil.rmtree(work)
     return report
+
+
+def _place_for(save_tuned: str | os.PathLike[str] | None, out: Path) -> Path | None:
+    """An empty directory, made now, so that a place where nothing can be written costs no work."""
+    if save_tuned is None:
+        return None
+    target = Path(save_tuned)
+    one, other = target.resolve(), out.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise FileExistsError(f"{target} and {out} lie in one another; name two directories side by side")
+    require_vacant(target)
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _begun_with(
+    source: Path, scheme: Scheme, settings: TuneSettings, text: TuningText, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that determines the result, by names for an error. Files count as the same by size and time."""
+    files = sorted(file for file in source.iterdir() if file.suffix in (".safetensors", ".json"))
+    texts = [Path(path) for key in ("calibration", "heldout") for path in options.get(key, ())]
+    stats = {str(file): file.stat() for file in (*files, *texts)}
+    return {
+        "source or text files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "scheme": scheme.to_dict(),
+        "tuning": asdict(settings),
+        "tuning text": text.sha256,
+        "options": {key: str(value) for key, value in sorted(options.items())},
+    }
+
+
+def _begin(work: Path, begun_with: Mapping[str, Any]) -> None:
+    """Records what the work is begun with, or compares it with what was recorded."""
+    file = work / "begun_with.json"
+    wanted = json.loads(json.dumps(begun_with))
+    if file.exists():
+        recorded = read_json(work, file.name, "remove this directory to start anew")
+        differing = sorted(key for key in recorded | wanted if recorded.get(key) != wanted.get(key))
+        if differing:
+            raise OtherRunError(
+                f"{work} was begun with another: {', '.join(differing)}; go on with what it was begun with, or remove "
+                "it to start anew"
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(file, wanted)

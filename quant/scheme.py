@@ -125,16 +125,18 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """The scheme as a short word: "w4a4", "w4a4-kv4-head8-embedding8"; "+" where body sites differ from `name`."""
+        """The bits in a short word, for people and metrics: "w4a4", "w4a4-kv4-head8-embedding8"; "+" where sites differ
+        from what those words say. The rotation is not in it."""
         base = SCHEMES.get(self.name)
         parts = [self.name]
         parts += [f"kv{self.kv_bits}"] if self.kv_bits < 16 else []
         parts += [f"head{self.head.weight_bits}"] if self.head.weight_bits < 16 else []
         parts += [f"embedding{self.embedding_bits}"] if self.embedding_bits < 16 else []
         differs = base is None or any(getattr(self, site) != getattr(base, site) for site in LINEAR_SITES)
+        differs = differs or self.head != QUANTIZED_HEAD[self.head.weight_bits]
         return "-".join(parts) + ("+" if differs else "")
 
-    def changed(self, **changes: Any) -> Scheme:
+    def changed(self, /, **changes: Any) -> Scheme:
         """This scheme with other settings. A linear site takes a mapping with those of its settings that differ; the
         head also a number of bits, which means weights of so many bits, one scale an output channel, and inputs of 8
         bits per token.

@@ -76,6 +76,7 @@ class TrainableQuantizedLinear(nn.Module):
         weight: float32 [M, K], not rotated: what a 16-bit checkpoint holds.
         weight_scale: [1, 1] or [M, 1].
         input_scale: [1], shared by the layers that read the same tensor; None where there is no static one.
+        stored: the type in which the checkpoint will hold the weight.
         rounding: where it is False, this is the linear layer of the 16-bit checkpoint.
     """
 
@@ -86,9 +87,11 @@ class TrainableQuantizedLinear(nn.Module):
         weight_scale: LearnedScale,
         input_scale: LearnedScale | None,
         rotation: HadamardTransform | None,
+        stored: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.stored = stored
         self.linear = linear
         self.weight_scale = weight_scale
         self.input_scale = input_scale
@@ -96,7 +99,8 @@ class TrainableQuantizedLinear(nn.Module):
         self.rounding = True
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        # As the checkpoint will hold it, so that the codes that are trained are those that are written.
+        weight = self.weight + (self.weight.detach().to(self.stored).float() - self.weight.detach())
         if not self.rounding:
             return F.linear(x, weight)
         if self.rotation is not None:
@@ -118,9 +122,16 @@ class TrainableQuantizedLinear(nn.Module):
         return y
 
 
+def stored_type(reader: CheckpointReader) -> torch.dtype:
+    """The type that a checkpoint holds its weights in."""
+    dtype: torch.dtype = getattr(torch, str(reader.norm("model.norm.weight").dtype))
+    return dtype
+
+
 def trainable_model(reader: CheckpointReader, quantized: CheckpointReader, scheme: Scheme) -> LlamaForCausalLM:
     """The 16-bit model of `reader` in float32, with blocks that round as `quantized` does; its scales are the start."""
     model = load_model(reader)
+    stored = stored_type(reader)
     for layer, block in enumerate(model.model.layers):
         quantize_cache(block, scheme.kv_bits)
         for sites in SHARED_INPUTS:
@@ -138,7 +149,7 @@ def trainable_model(reader: CheckpointReader, quantized: CheckpointReader, schem
                 rotation = HadamardTransform(weight.shape[1]) if rounded.rotated else None
                 linear = getattr(scheme, site)
                 trainable = TrainableQuantizedLinear(
-                    weight.detach(), linear, scale, shared if linear.static else None, rotation
+                    weight.detach(), linear, scale, shared if linear.static else None, rotation, stored
                 )
                 block.set_submodule(module, trainable)
     for table in (model.model.embed_tokens, model.lm_head):

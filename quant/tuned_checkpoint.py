@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from quant.directories import copy_companions
 from quant.format import WEIGHTS_FILE, CheckpointReader, write_json
-from quant.trainable import TrainableQuantizedLinear
+from quant.trainable import TrainableQuantizedLinear, stored_type
 from quant.tuned_scales import write_scales
 
 
@@ -33,7 +33,7 @@ def write_tuned(reader: CheckpointReader, out: Path, model: LlamaForCausalLM, re
             scales[f"{name}.weight_scale"] = module.weight_scale().detach().flatten().numpy()
             if module.input_scale is not None:
                 scales[f"{name}.input_scale"] = module.input_scale().detach().flatten().numpy()
-    dtype = getattr(torch, str(reader.norm("model.norm.weight").dtype))
+    dtype = stored_type(reader)
     copy_companions(reader.path, out)
     shutil.copyfile(reader.path / "config.json", out / "config.json")
     stored = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}

@@ -6,15 +6,13 @@ of the next token's distribution), so that any text of the model's kind will do.
 weights unrounded as well: the tuned 16-bit checkpoint stays as good as it was.
 
 Matrices of the blocks are trained by Muon, as outlier-safe models are; embedding and head by AdamW; norms stay as they
-are. The result is a 16-bit checkpoint like the one that it started from, with `scales.safetensors` beside it, and
-rounding it by those scales gives the codes that were trained.
+are. The result is a 16-bit checkpoint like the one that it started from, with `scales.safetensors` beside it. Rounding
+its weights to nearest by those scales gives the codes that were trained (where a weight is rotated, up to ties).
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from quant.format import CheckpointReader, read_tokenizer
+from quant.format import CheckpointReader
 from quant.model import load_model
 from quant.scheme import Scheme, SchemeError
 from quant.trainable import parameter_groups, trainable_model, unrounded
@@ -50,16 +48,18 @@ class TuneSettings:
     Attributes:
         steps: optimizer steps.
         batch_tokens: tokens a step; at least one window of the context length.
+        micro_batch_tokens: tokens that go through the model at a time; bounds memory.
         matrix_lr: Muon's, for the matrices of the blocks. About a fifth of what the model was trained with.
         table_lr: AdamW's, for embedding and head.
-        unrounded_share: of the windows of a batch, those that the unrounded weights learn from too.
+        unrounded_share: of the windows of a batch, those that the unrounded weights learn from too (at least one), and
+            the weight of what they teach.
         scale_lr: Adam's, for the logarithms of the scales.
         patience: evaluations in a row without a better held-back loss after which tuning stops.
     """
 
     steps: int
     batch_tokens: int = 4096
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 2048
     matrix_lr: float = 6e-4
     table_lr: float = 2e-4
     scale_lr: float = 2e-3
@@ -90,7 +90,7 @@ def tune(
     source: Path,
     start: Path,
     out: Path,
-    data: Sequence[str | os.PathLike[str]],
+    text: TuningText,
     settings: TuneSettings,
     *,
     progress: bool = False,
@@ -100,24 +100,20 @@ def tune(
 
     Args:
         start: `source` quantized: its scheme is what is tuned for, its scales are where learning starts.
-        data: text to tune on, like that which the model was trained on.
+        text: of `source`, from `TuningText.for_model`.
         resume: goes on from the state that an interrupted run left in `out`.
 
     Returns:
         What osp.json records under "tuning".
 
     Raises:
-        SchemeError: the scheme rotates the whole model, or quantizes nothing that can be tuned.
-        TextError: the text is too short, or cannot be read.
+        SchemeError: `start` is not quantized, or rotated as a whole.
         TuningError: the loss is not finite, or the state in `out` is that of another run.
     """
     reader, quantized = CheckpointReader(source), CheckpointReader(start)
     if quantized.scheme is None:
         raise SchemeError(f"{start} is not quantized; it says what to tune for")
-    if quantized.scheme.hadamard == "full":
-        raise SchemeError("a fully rotated model cannot be tuned: its 16-bit weights would be others; use hadamard ffn")
-    length = min(reader.config.max_position_embeddings, settings.batch_tokens)
-    text = TuningText.read(data, read_tokenizer(reader.path), length, settings.seed)
+    require_tunable(quantized.scheme)
     run = _Run(reader, quantized, quantized.scheme, settings, text)
     out.mkdir(parents=True, exist_ok=True)
     if resume and (out / STATE_FILE).exists():
@@ -127,6 +123,12 @@ def tune(
     write_tuned(reader, out, run.model, report)
     (out / STATE_FILE).unlink(missing_ok=True)
     return report
+
+
+def require_tunable(scheme: Scheme) -> None:
+    """Raises `SchemeError` where a model cannot be tuned for `scheme`."""
+    if scheme.hadamard == "full":
+        raise SchemeError("a fully rotated model cannot be tuned: its 16-bit weights would be others; use hadamard ffn")
 
 
 @dataclass(slots=True)
@@ -176,14 +178,14 @@ class _Run:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["base_lr"] * share
         batch_BL, total = torch.from_numpy(self.text.batch(self.step, settings.batch_tokens)), 0.0
-        rows = max(1, settings.micro_batch_tokens // (batch_BL.shape[1] - 1))
-        for part_BL in torch.split(batch_BL, rows):
+        for part_BL in torch.split(batch_BL, self._rows()):
             wanted_BLV = self._teach(part_BL)
             loss = _divergence(self.model, part_BL, wanted_BLV)
-            kept = round(settings.unrounded_share * len(part_BL))
-            if kept:
+            if settings.unrounded_share:
+                kept = max(1, round(settings.unrounded_share * len(part_BL)))
                 with unrounded(self.model):
-                    loss = loss + _divergence(self.model, part_BL[:kept], wanted_BLV[:kept]) * (kept / len(part_BL))
+                    kept_loss = _divergence(self.model, part_BL[:kept], wanted_BLV[:kept])
+                loss = loss + settings.unrounded_share * kept_loss
             loss = loss * (len(part_BL) / len(batch_BL))
             torch.autograd.backward(loss)
             total += loss.item()
@@ -198,6 +200,10 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
+    def _rows(self) -> int:
+        """Windows that go through the model at a time."""
+        return max(1, self.settings.micro_batch_tokens // self.text.window_length)
+
     @torch.no_grad()
     def _teach(self, windows_BL: Tensor) -> Tensor:
         """The 16-bit model's log probabilities, [B, L, V]."""
@@ -205,7 +211,7 @@ class _Run:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        parts = torch.split(torch.from_numpy(self.text.held_back), 8)
+        parts = torch.split(torch.from_numpy(self.text.held_back), self._rows())
         total = sum(_divergence(self.model, part, self._teach(part)).item() * len(part) for part in parts)
         self.losses.append(total / len(self.text.held_back))
         if self.losses[-1] <= min(self.losses):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from quant.corpus import read_corpus
+from quant.format import read_config, read_tokenizer
 from quant.text import TextError
 
 HELD_BACK = 50
@@ -34,6 +36,24 @@ class TuningText:
     held_back: NDArray[np.int64]
     source: str | list[str]
     sha256: str
+
+    @property
+    def window_length(self) -> int:
+        """L."""
+        return int(self.train.shape[1]) - 1
+
+    @classmethod
+    def for_model(
+        cls, checkpoint: Path, paths: Sequence[str | os.PathLike[str]], batch_tokens: int, seed: int
+    ) -> TuningText:
+        """In windows of the model's context length, or of `batch_tokens` where that is less; errors as `read`.
+
+        Raises:
+            CheckpointError: `checkpoint` is not a usable one.
+        """
+        config, _ = read_config(checkpoint)
+        length = min(config.max_position_embeddings, batch_tokens)
+        return cls.read(paths, read_tokenizer(checkpoint), length, seed)
 
     @classmethod
     def read(
@@ -60,6 +80,6 @@ class TuningText:
     def batch(self, step: int, batch_tokens: int) -> NDArray[np.int64]:
         """The windows of a step, as many as `batch_tokens` hold and at least one: each comes once before one comes
         again."""
-        rows = max(1, batch_tokens // (self.train.shape[1] - 1))
+        rows = max(1, batch_tokens // self.window_length)
         chosen: NDArray[np.int64] = self.train[np.arange(step * rows, (step + 1) * rows) % len(self.train)]
         return chosen

@@ -92,6 +92,47 @@ def test_what_would_be_overwritten_is_refused_before_any_work(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["out", "out/tuned", "."])
+def test_the_tuned_checkpoint_and_the_quantized_one_lie_side_by_side(run, tmp_path, place):
+    result = run("--save-tuned", str(tmp_path / place))
+    assert result.exit_code == 1
+    assert "side by side" in result.output
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.tuning").exists()
+
+
+def test_work_that_was_begun_with_something_else_is_not_gone_on_with(run, text_path, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "tune", interrupted)
+        stopped = run()
+    assert "go on with --resume" in stopped.output
+    other = tmp_path / "other.txt"
+    other.write_text(text_path.read_text() * 2)
+    for arguments, words in (
+        (["--kv", "8"], "scheme"),
+        (["--data", str(other)], "tuning text"),
+        (["--clip", "p2.4"], "options"),
+    ):
+        refused = run("--resume", *arguments)
+        assert refused.exit_code == 1
+        assert words in refused.output
+    assert run("--resume").exit_code == 0
+
+
+def test_what_cannot_be_tuned_is_refused_before_any_work(run, tmp_path):
+    for arguments, words in (
+        (["--hadamard", "full"], "fully rotated"),
+        (["--data", str(tmp_path / "none.txt")], "none.txt"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert words in result.output
+        assert not (tmp_path / ".out.tuning").exists()
+
+
 def test_a_learning_rate_that_is_none_is_an_error_in_words(run, tmp_path):
     result = run("--tune-lr", "-1")
     assert result.exit_code == 1

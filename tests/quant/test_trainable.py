@@ -83,6 +83,21 @@ def test_the_forward_pass_has_the_integers(granularity, rotated, bits, inputs):
     torch.testing.assert_close(trainable(x), oracle(x), rtol=1e-6, atol=1e-6)
 
 
+def test_what_is_trained_is_the_weight_as_it_will_be_stored():
+    torch.manual_seed(0)
+    weight, x = torch.randn(9, 12), torch.randn(5, 12)
+    parts = (
+        LinearScheme(4, "tensor", 4, "tensor"),
+        LearnedScale(torch.tensor([[0.3]])),
+        LearnedScale(torch.tensor([0.3])),
+    )
+    trained = TrainableQuantizedLinear(weight, *parts, None, torch.bfloat16)
+    written = TrainableQuantizedLinear(weight.bfloat16().float(), *parts, None)
+    assert torch.equal(trained(x), written(x))
+    trained(x).sum().backward()
+    assert trained.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_trainable_model_computes_as_the_checkpoint_does(tmp_path, scheme, tied):

@@ -20,11 +20,17 @@ from quant.scheme import SchemeError, named
 from quant.text import TextError
 from quant.trainable import LearnedScale
 from quant.tuned_scales import read_scales
-from quant.tuning import TuneSettings, TuningError, tune
+from quant.tuning import TuneSettings, TuningError
+from quant.tuning_text import TuningText
 
 SCHEME = named("w4a4").changed(hadamard="ffn", kv_bits=4)
 SHAPE = {"intermediate_size": 40}
 SETTINGS = TuneSettings(steps=12, batch_tokens=64, matrix_lr=1e-3, table_lr=1e-3, patience=20)
+
+
+def tune(source, start, out, paths, settings, **options):
+    text = TuningText.for_model(source, paths, settings.batch_tokens, settings.seed)
+    return tuning.tune(source, start, out, text, settings, **options)
 
 
 @pytest.fixture
@@ -72,6 +78,18 @@ def test_what_is_written_is_the_source_with_other_weights(start, text_path, tmp_
     assert provenance["training"] == {"recipe": "osp"}
     assert not (tmp_path / "tuned" / tuning.STATE_FILE).exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("length", [8, 32])
+def test_the_weights_unrounded_learn_too_however_few_windows_a_batch_has(
+    start, text_path, tmp_path, monkeypatch, edit_config, length
+):
+    source, quantized = start(max_position_embeddings=length)
+    calls = []
+    original = tuning.unrounded
+    monkeypatch.setattr(tuning, "unrounded", lambda model: calls.append(1) or original(model))
+    tune(source, quantized, tmp_path / "tuned", [text_path], replace(SETTINGS, steps=3, batch_tokens=32))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("name", ["w4a4", "w4a4-token", "w4a8", "w4a16"])
