@@ -1,11 +1,13 @@
 """An unfinished quantization: parts that are done lie beside the output, so that work that was cut off goes on there.
 
-For `--out DIR` the directory is `.DIR.partial`. It holds `run.json`, which says what the parts are made from, and one
-safetensors file for each part (a layer, the tables), which has the part's report in its metadata.
+For `--out DIR` the directory is `.DIR.partial`. It holds `run.json`, which says what the parts are made from, one
+safetensors file for each part (a layer, the tables), which has the part's report in its metadata, and `lock`, which
+a run holds locked as long as it lives, so that no two runs mix their parts.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,6 +24,7 @@ from quant.files import read_json, write_json
 from quant.tensors import Tensor
 
 RUN_FILE = "run.json"
+LOCK_FILE = "lock"
 CHECKPOINT = "checkpoint"
 REPORT = "report"
 
@@ -94,30 +97,47 @@ def partial_run(out: Path, *, resume: bool) -> Iterator[PartialRun]:
     Raises:
         FileExistsError: `out` exists and is not an empty directory, or an unfinished run is there and `resume` is not
             set.
-        OSError: no directory can be made there.
+        BlockingIOError: another run is making `out` now.
+        OSError: no directory can be made there, or it cannot be locked.
     """
     require_vacant(out)
     resolved = out.resolve()
     run = PartialRun(resolved.with_name(f".{resolved.name}.partial"))
-    if not resume and run.finished():
-        raise FileExistsError(
-            f"{run.directory} holds an unfinished run; go on with --resume, or remove the directory to start anew"
-        )
     made_parents = [] if run.directory.is_dir() else make_beside(out, run.directory)
-    try:
-        yield run
-        run.checkpoint.rename(resolved)
-        shutil.rmtree(run.directory)
-    except BaseException as error:
-        parts = run.finished()
-        if not parts:
-            unmake(run.directory, made_parents)
-        elif not isinstance(error, OtherRunError):
-            error.add_note(
-                f"the finished parts ({len(parts)}) are kept in {run.directory}; go on with --resume, or "
-                "remove the directory to start anew"
+    with _locked(run.directory):
+        if not resume and run.finished():
+            raise FileExistsError(
+                f"{run.directory} holds an unfinished run; go on with --resume, or remove the directory to start anew"
             )
-        raise
+        try:
+            yield run
+            run.checkpoint.rename(resolved)
+            shutil.rmtree(run.directory)
+        except BaseException as error:
+            parts = run.finished()
+            if not parts:
+                unmake(run.directory, made_parents)
+            elif not isinstance(error, OtherRunError):
+                error.add_note(
+                    f"the finished parts ({len(parts)}) are kept in {run.directory}; go on with --resume, or "
+                    "remove the directory to start anew"
+                )
+            raise
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the lock of a partial directory. The system frees it when the process ends, however it ends."""
+    with (directory / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another run is at work in {directory}; wait until it has ended, or name another output directory"
+            ) from None
+        except OSError as error:
+            raise OSError(f"{directory} cannot be locked: {error.strerror}") from error
+        yield
 
 
 def _is_whole(file: Path) -> bool:

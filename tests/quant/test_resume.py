@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import weakref
 from contextlib import contextmanager
 
@@ -14,7 +17,7 @@ from quant.convert import quantize_checkpoint
 from quant.format import read_checkpoint
 from quant.layers import LayerQuantizer
 from quant.model import build_block
-from quant.partial import OtherRunError
+from quant.partial import OtherRunError, partial_run
 from quant.scheme import named
 
 W4A4 = named("w4a4")
@@ -118,6 +121,7 @@ def test_an_interrupted_run_is_not_overwritten_unasked(path, text_path, tmp_path
     assert [file.name for file in sorted(interrupted.iterdir())] == [
         "checkpoint",
         "layer-00000.safetensors",
+        "lock",
         "run.json",
     ]
 
@@ -146,6 +150,39 @@ def test_what_a_crash_has_cut_short_is_made_again(path, text_path, tmp_path, int
     quantize_checkpoint(path, tmp_path / "out", W4A4, calibration=[text_path], resume=True)
     for file in FILES:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_to_the_same_place_is_refused_while_the_first_is_at_work(path, text_path, tmp_path, resume):
+    layer = LayerQuantizer.layer
+
+    def interfering(self, index, seen):
+        with pytest.raises(BlockingIOError, match=rf"at work in {tmp_path / '.out.partial'}; wait") as refused:
+            quantize_checkpoint(path, tmp_path / "out", named("w4a16"), heldout=[text_path], resume=resume)
+        assert not hasattr(refused.value, "__notes__")
+        return layer(self, index, seen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerQuantizer, "layer", interfering)
+        quantize_checkpoint(path, tmp_path / "out", W4A4, calibration=[text_path])
+    assert read_checkpoint(tmp_path / "out").scheme == W4A4
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_run_that_was_killed_holds_no_lock(tmp_path):
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from quant.partial import partial_run\n"
+        "with partial_run(pathlib.Path(sys.argv[1]), resume=False) as run:\n"
+        "    run.begin({})\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / ".out.partial" / "lock").exists()
+    with partial_run(tmp_path / "out", resume=False) as run:
+        run.begin({})
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_to_resume_what_never_began_is_to_begin(path, text_path, tmp_path):
