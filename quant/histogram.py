@@ -20,6 +20,10 @@ CHUNK = 2**16
 """Values that are counted at a time: their copies then stay in the cache."""
 
 
+class PercentileError(ValueError):
+    """A percentile of magnitudes that is zero and bounds nothing; the message names the tensor and the percentile."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScaleChoice:
     """A scale with what it costs.
@@ -80,7 +84,8 @@ class Histogram:
             percentile: of the magnitudes, above 0 and at most 100; it is the clip bound, and nothing is searched.
 
         Raises:
-            ValueError: `norm` or `percentile` is out of range, or so many values are zero that the percentile is.
+            PercentileError: so many values are zero that the percentile is.
+            ValueError: `norm` or `percentile` is out of range.
         """
         require_norm(norm)
         if self.absmax == 0:
@@ -108,7 +113,10 @@ class Histogram:
         magnitude = int(np.searchsorted(cumulative, math.ceil(percentile / 100 * self.total)))
         bound = float(bfloat16_numbers(np.array([magnitude]))[0])
         if bound == 0:
-            raise ValueError(f"{name}: {percentile} % of the values are zero, so that their percentile bounds nothing")
+            raise PercentileError(
+                f"{name}: {percentile:.12g} % of the values are zero, so that this percentile of their magnitudes "
+                "bounds nothing; name a higher one, or have scales searched (--clip mse)"
+            )
         return min(bound, self.absmax)
 
 

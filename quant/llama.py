@@ -9,6 +9,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
+from quant.arithmetic import MAX_REDUCTION
 from quant.scheme import LINEAR_SITES, Scheme, SchemeError
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -136,6 +137,7 @@ class LlamaConfig:
 
     def check_scheme(self, scheme: Scheme) -> None:
         """Raises `SchemeError` where `scheme` makes no sense for a model of this shape; the message says why."""
+        self._check_reductions(scheme)
         if scheme.hadamard != "none" and self.intermediate_size % 2:
             raise SchemeError(
                 f"hadamard {scheme.hadamard!r}: the feed-forward width {self.intermediate_size} is odd, and no "
@@ -157,6 +159,17 @@ class LlamaConfig:
                 )
             if scheme.head.static:
                 raise SchemeError("head: a tied head has no static input scale; use activation_granularity token")
+
+    def _check_reductions(self, scheme: Scheme) -> None:
+        """Every integer sum must fit into an int32."""
+        widths = dict.fromkeys((*LINEAR_SITES, "head"), self.hidden_size)
+        widths |= {"o": self.num_attention_heads * self.head_dim, "down": self.intermediate_size}
+        for site, width in widths.items():
+            if getattr(scheme, site).activation_bits < 16 and width > MAX_REDUCTION:
+                raise SchemeError(
+                    f"{site}: an integer sum over {width} inputs may overflow an int32, which holds one of "
+                    f"{MAX_REDUCTION}; leave the site's activations at 16 bits (activation_bits: 16)"
+                )
 
     def describe(self) -> str:
         """One phrase for error messages."""

@@ -3,8 +3,8 @@
     P.weight_scale  float32 [1] or [M]   of every linear layer P of the body whose weight the scheme quantizes
     P.input_scale   float32 [1]          where the scheme gives the input a static scale
 
-All are positive bfloat16 numbers; layers that read one tensor have one input scale. They belong to the weights as they
-are rounded: that of a rotated down_proj to the rotated weight. osp.json says for which scheme they are:
+All are positive, normal bfloat16 numbers; layers that read one tensor have one input scale. They belong to the weights
+as they are rounded: that of a rotated down_proj to the rotated weight. osp.json says for which scheme they are:
 `{"tuning": {"scheme": …}}`. Rounding the tuned weights by them gives the codes that the model was tuned with; a search
 would find others.
 """
@@ -34,7 +34,7 @@ def write_scales(root: Path, scales: Mapping[str, NDArray[np.float32]]) -> None:
     """Writes `scales.safetensors` into the checkpoint directory `root`.
 
     Raises:
-        CheckpointError: a scale is not a positive bfloat16 number held as float32.
+        CheckpointError: a scale is not a positive, normal bfloat16 number held as float32.
     """
     for name, scale in scales.items():
         _check_values(root, name, scale)
@@ -129,8 +129,9 @@ def _check_values(root: Path, name: str, scale: NDArray[np.float32]) -> None:
     if scale.dtype != np.float32:
         raise CheckpointError(root, f"{SCALES_FILE}: {name} is {scale.dtype}, not float32")
     with np.errstate(over="ignore", invalid="ignore"):
-        usable = np.isfinite(scale) & (scale > 0) & (arithmetic.round_to_bfloat16(scale) == scale)
+        normal = np.isfinite(scale) & (scale >= arithmetic.BFLOAT16_TINY)
+        usable = normal & (arithmetic.round_to_bfloat16(scale) == scale)
     if not usable.all():
         raise CheckpointError(
-            root, f"{SCALES_FILE}: {name} is not a positive bfloat16 number: {scale[~usable].flat[0]}"
+            root, f"{SCALES_FILE}: {name} is not a positive, normal bfloat16 number: {scale[~usable].flat[0]}"
         )

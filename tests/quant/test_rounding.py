@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from quant import arithmetic
-from quant.histogram import Histogram
+from quant.histogram import Histogram, PercentileError
 from quant.rounding import RoundedWeight, choose_scales, round_to_nearest
 
 RANDOM = np.random.default_rng(20)
@@ -243,6 +243,14 @@ def test_options_of_a_histogram_out_of_range_are_refused(option, message):
     histogram.add(DISTRIBUTIONS["sparse"].astype(np.float32), "x")
     with pytest.raises(ValueError, match=message):
         histogram.choose_scale("x", **option)
+
+
+def test_a_percentile_that_is_zero_names_the_tensor_and_itself():
+    histogram = Histogram()
+    histogram.add(np.array([0, 0, 0, 1], np.float32), "x")
+    with pytest.raises(PercentileError, match=r"input of o: 75 % of the values are zero, .*\(--clip mse\)"):
+        histogram.choose_scale("input of o", percentile=75)
+    assert histogram.choose_scale("input of o", percentile=75.1).clip_ratio == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize(

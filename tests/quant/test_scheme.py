@@ -273,6 +273,14 @@ NOT_FOR_THIS_MODEL = [
         TIED,
         "head: a tied head has no static input scale",
     ),
+    ({}, {"intermediate_size": 131_072}, "down: an integer sum over 131072 inputs may overflow an int32"),
+    ({}, {"num_attention_heads": 8192, "head_dim": 16}, "o: an integer sum over 131072"),
+    ({"head": 8}, {"hidden_size": 131_072}, "q: an integer sum over 131072"),
+    (
+        {**{site: {"activation_bits": 16} for site in LINEAR_SITES}, "head": 8},
+        {"hidden_size": 131_072},
+        "head: an integer sum over 131072",
+    ),
 ]
 
 
@@ -288,3 +296,5 @@ def test_what_makes_sense_for_a_model_is_not_refused():
     config(**TIED).check_scheme(named("w4a4").changed(head=8, hadamard="full"))  # which unties it
     config().check_scheme(named("w4a4").changed(head=4, hadamard="ffn"))
     config().check_scheme(replace(named("w4a16"), kv_bits=4))
+    config(intermediate_size=131_071).check_scheme(named("w4a8"))  # of which an int32 holds the sum
+    config(intermediate_size=131_072, hidden_size=131_072).check_scheme(named("w4a16"))  # which sums no integers
