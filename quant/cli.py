@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 from quant.arithmetic import NonFiniteError
 from quant.clip import ClipSearch
 from quant.corpus import CALIBRATION_TOKENS
+from quant.histogram import PercentileError
 from quant.llama import CheckpointError
 from quant.partial import OtherRunError
 from quant.report import OUTLIER_SAFE_RATIO, NotOutlierSafeError, table
@@ -20,7 +22,16 @@ from quant.text import TextError
 TEXT = click.Path(path_type=Path)
 BITS = click.Choice(["16", "8", "4"])
 
-USER_ERRORS = (CheckpointError, NonFiniteError, NotOutlierSafeError, OSError, OtherRunError, SchemeError, TextError)
+USER_ERRORS = (
+    CheckpointError,
+    NonFiniteError,
+    NotOutlierSafeError,
+    OSError,
+    OtherRunError,
+    PercentileError,
+    SchemeError,
+    TextError,
+)
 
 
 def _parse_clip(_ctx: click.Context, _param: click.Parameter, value: str) -> ClipSearch:
@@ -28,6 +39,12 @@ def _parse_clip(_ctx: click.Context, _param: click.Parameter, value: str) -> Cli
         return ClipSearch.parse(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _parse_ratio(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # which no range excludes
+        raise click.BadParameter("nan is not a number that a ratio can be compared with")
+    return value
 
 
 @click.command(short_help="Turn a Hugging Face Llama into a 4-bit checkpoint.")
@@ -69,6 +86,7 @@ def _parse_clip(_ctx: click.Context, _param: click.Parameter, value: str) -> Cli
 @click.option("--eval", "heldout", type=TEXT, multiple=True, help="Text to measure perplexity on, before and after.")
 @click.option(
     "--max-ratio",
+    callback=_parse_ratio,
     type=click.FloatRange(min=0),
     default=OUTLIER_SAFE_RATIO,
     show_default=True,

@@ -93,6 +93,7 @@ def quantize_checkpoint(
         SchemeError: `scheme` makes no sense for this model.
         ValueError: `weights` is neither of the two.
         TextError: a text cannot be read or is too short.
+        PercentileError: `clip` names a percentile that is zero in an input; the message names it and the percentile.
         NonFiniteError: a weight, an activation or the source's perplexity is NaN or infinite; the message names it.
         NotOutlierSafeError: the model does not survive, and `strict` is set.
         Once a layer is finished, an error of any kind has a note that says how to go on.
@@ -119,7 +120,7 @@ def quantize_checkpoint(
         after = _perplexity_after(run.checkpoint, heldout_windows, progress)
         quality = _quality(before, after, heldout_text, untuned)
         sites = report["quantization"]["sites"]
-        report |= {"quality": quality, "warning": warning(scheme, weights, sites, quality, max_ratio)}
+        report |= {"quality": quality, "warning": warning(scheme, weights, reader.config, sites, quality, max_ratio)}
         format.write_json(run.checkpoint / "osp.json", report)
         if strict and report["warning"]:
             raise NotOutlierSafeError(report["warning"])
@@ -133,9 +134,10 @@ def _read_texts(
     calibration_tokens: int,
     heldout: Sequence[PathLike],
 ) -> tuple[Corpus | None, Corpus]:
-    """The text to calibrate on, where that is needed, and the text to measure on."""
+    """The text to calibrate on, where that is needed, and the text to measure on. One that was named is read even
+    where it is not needed, so that a name that is wrong is told."""
     tokenizer = read_tokenizer(reader.path)
-    if heldout and not plan.needs_text:
+    if heldout and not calibration and not plan.needs_text:
         return None, read_corpus(heldout, tokenizer)
     corpus = read_corpus(calibration, tokenizer, limit=calibration_tokens)
     kept, held = (corpus, read_corpus(heldout, tokenizer)) if heldout else corpus.hold_back()
@@ -199,6 +201,7 @@ def _write(
         **{key: reader.provenance[key] for key in CARRIED if key in reader.provenance},
         "quantization": {
             "scheme": plan.scheme.label,
+            "settings": plan.scheme.to_dict(),
             "weights": plan.weights_method,
             "clip": str(plan.clip),
             "scales": "learned" if plan.scales else "searched",
@@ -233,6 +236,11 @@ def _notes(reader: CheckpointReader, plan: Calibration, sites: Mapping[str, Mapp
         for name, site in sites.items()
         if plan.hessians and site["method"] == "rtn" and name not in (EMBEDDING, HEAD)
     ]
+    if plan.hessians and plan.scales:
+        notes.append(
+            "the scales are those that were tuned, but the codes are GPTQ's, not those that the model was tuned with; "
+            "--weights rtn gives these"
+        )
     tuned = tuned_scheme(reader)
     if tuned is not None and not plan.scales:
         differing = ", ".join(differing_settings(tuned, plan.scheme))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quant.scheme import LINEAR_SITES, Scheme
+from quant.llama import LlamaConfig
+from quant.scheme import LINEAR_SITES, Scheme, SchemeError
 
 OUTLIER_SAFE_RATIO = 1.5
 """A model whose perplexity grows by more than this factor is not outlier-safe, unless another limit is set."""
@@ -32,12 +33,18 @@ class NotOutlierSafeError(ValueError):
 
 
 def warning(
-    scheme: Scheme, weights: str, sites: Mapping[str, Mapping[str, Any]], quality: Mapping[str, Any], max_ratio: float
+    scheme: Scheme,
+    weights: str,
+    config: LlamaConfig,
+    sites: Mapping[str, Mapping[str, Any]],
+    quality: Mapping[str, Any],
+    max_ratio: float,
 ) -> str | None:
     """What to tell of a model that does not survive its quantization; None where it does.
 
     Args:
         weights: "rtn" or "gptq".
+        config: of the model.
         quality: "perplexity" is None where it is not finite.
         max_ratio: by which perplexity may grow.
     """
@@ -59,23 +66,46 @@ def warning(
     if worst:
         listed = ", ".join(f"{name} ({kurtosis:.4g})" for kurtosis, name in worst)
         sentences.append(f"the heaviest tails, by excess kurtosis, are in the inputs of {listed}")
-    sentences.append(f"try {next_option(scheme, weights)}; a model that can be trained can be tuned for its scheme")
+    option = next_option(scheme, weights, config)
+    if option is not None:
+        sentences.append(f"try {option}")
+    sentences.append("a model that can be trained can be tuned for its scheme")
     return "; ".join(sentences)
 
 
-def next_option(scheme: Scheme, weights: str) -> str:
-    """The option that costs least among those that would help a model with outliers further."""
+def next_option(scheme: Scheme, weights: str, config: LlamaConfig) -> str | None:
+    """The option that costs least among those that would help a model with outliers further, and that a model of this
+    shape can have; None where no option is left."""
     linears = [getattr(scheme, site) for site in LINEAR_SITES]
     activation_bits = min(linear.activation_bits for linear in linears)
     if activation_bits < 16 and scheme.hadamard == "none":
-        return "--hadamard ffn or --hadamard full"
+        rotations = ["ffn", "full"] if scheme.down.activation_bits < 16 else ["full"]  # "ffn" is of down's input
+        fitting = [f"--hadamard {rotation}" for rotation in rotations if _fits(config, scheme, rotation)]
+        if fitting:
+            return " or ".join(fitting)
     if activation_bits == 4 and any(linear.static for linear in linears):
         return "--scheme w4a4-token"
     if activation_bits == 4:
         return "--scheme w4a8"
     if activation_bits == 8:
         return "--scheme w4a16"
-    return "--weights gptq" if weights == "rtn" else "weights of 8 bits"
+    weight_bits = min(linear.weight_bits for linear in linears)
+    if weight_bits < 16 and weights == "rtn":
+        return "--weights gptq"
+    if weight_bits == 4:
+        return "weights of 8 bits"
+    # Together: the head and the embedding may be one table, which has one number of bits.
+    rest = {"--kv": scheme.kv_bits, "--head": scheme.head.weight_bits, "--embedding": scheme.embedding_bits}
+    return " ".join(f"{option} 8" for option, bits in rest.items() if bits == 4) or None
+
+
+def _fits(config: LlamaConfig, scheme: Scheme, hadamard: str) -> bool:
+    """Can a model of this shape be rotated so?"""
+    try:
+        config.check_scheme(scheme.changed(hadamard=hadamard))
+    except SchemeError:
+        return False
+    return True
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from quant.llama import EMBEDDING, HEAD, CheckpointError
 from quant.model import build_block, load_model
 from quant.perplexity import measure_perplexity
 from quant.rotation import RotatedSource
-from quant.scheme import SchemeError, named
+from quant.scheme import Scheme, SchemeError, named
 from quant.stream import HiddenStates
 from quant.text import windows
 from quant.weights import QuantizedLinear
@@ -141,6 +141,7 @@ def test_the_report_says_what_was_done(checkpoint_path, text_path, tmp_path):
     assert report["tokenizer_sha256"] == sha256(checkpoint_path / "tokenizer.json")
     quantization = report["quantization"]
     assert [quantization[key] for key in ("scheme", "weights", "clip", "scales")] == ["w4a4", "rtn", "p2.4", "searched"]
+    assert Scheme.from_dict(quantization["settings"]) == W4A4
     assert quantization["calibration"] == {
         "text": ["text.txt"],
         "sha256": sha256(text_path),

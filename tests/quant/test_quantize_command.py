@@ -117,7 +117,17 @@ def test_a_scheme_comes_from_a_file_and_options_go_before_it(path, text_path, tm
     refused(run(path, "--out", tmp_path / "no", "--scheme", tmp_path / "no.yml"), "no.yml: cannot be read")
 
 
-@pytest.mark.parametrize(("option", "value"), [("--clip", "p1"), ("--clip", "huge"), ("--clip", "101"), ("--kv", "3")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--clip", "p1"),
+        ("--clip", "huge"),
+        ("--clip", "101"),
+        ("--kv", "3"),
+        ("--max-ratio", "nan"),
+        ("--max-ratio", "-1"),
+    ],
+)
 def test_a_value_that_makes_no_sense_is_a_usage_error(path, tmp_path, run, option, value):
     result = run(path, "--out", tmp_path / "out", option, value)
     assert result.exit_code == 2
@@ -133,6 +143,8 @@ def test_the_command_names_what_is_wrong(path, text_path, tmp_path, run):
         run(path, "--out", out, "--scheme", "w4a16", "--embedding", 4, "--calibration", tmp_path / "no.txt"), "no.txt"
     )
     refused(run(path, "--out", out, "--calibration", tmp_path / "no.txt"), "no.txt: no such file")
+    unneeded = ("--scheme", "w4a16", "--eval", text_path, "--calibration", tmp_path / "no.txt")
+    refused(run(path, "--out", out, *unneeded), "no.txt: no such file")
     refused(run(path, "--out", out, "--eval", tmp_path / "no.txt"), "no.txt: no such file")
     refused(run(path, "--out", path), "exists and is not an empty directory")
     assert not out.exists()
@@ -148,6 +160,16 @@ def test_the_command_names_what_is_wrong(path, text_path, tmp_path, run):
 
     file.write_bytes(file.read_bytes()[:100])
     refused(run(path, "--out", tmp_path / "nan"), "truncated")
+
+
+def test_a_percentile_of_dead_channels_is_refused(path, text_path, tmp_path, run):
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][2:] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = (path, "--out", tmp_path / "out", "--calibration", text_path, "--clip")
+    refused(run(*arguments, 90), "input of model.layers.0.mlp.down_proj: 90 % of the values are zero", "--clip mse")
+    assert run(*arguments, 99).exit_code == 0
 
 
 def test_activations_that_overflow_are_named_and_what_is_done_is_kept(path, text_path, tmp_path, run):

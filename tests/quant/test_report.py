@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from checkpoints import BASE
 
 from quant.clip import ClipSearch
+from quant.llama import LlamaConfig
 from quant.report import next_option, table, warning
-from quant.scheme import named
+from quant.scheme import LINEAR_SITES, named
 
 W4A4 = named("w4a4")
+SIXTEEN = {"weight_bits": 16, "activation_bits": 16}
+BODY_LEFT = W4A4.changed(kv_bits=8, **dict.fromkeys(LINEAR_SITES, SIXTEEN))
+EVEN = LlamaConfig.from_json("m", BASE)
 
 
 def site(kurtosis, **values):
@@ -31,7 +36,7 @@ SITES = {f"site{i}": site(kurtosis) for i, kurtosis in enumerate((3.0, 500.0, No
 
 
 def test_a_warning_names_the_ratio_and_the_worst_sites():
-    told = warning(W4A4.changed(kv_bits=4), "rtn", SITES, quality(20.0, 130.0), 1.5)
+    told = warning(W4A4.changed(kv_bits=4), "rtn", EVEN, SITES, quality(20.0, 130.0), 1.5)
     assert told.startswith(
         "this model is not outlier-safe: w4a4-kv4 takes its perplexity from 20 to 130 (x 6.5, allowed"
     )
@@ -40,13 +45,13 @@ def test_a_warning_names_the_ratio_and_the_worst_sites():
 
 
 def test_there_is_no_warning_within_the_limit():
-    assert warning(W4A4, "rtn", SITES, quality(20.0, 30.0), 1.5) is None
-    assert warning(W4A4, "rtn", SITES, quality(20.0, 30.1), 1.5)
-    assert warning(W4A4, "rtn", SITES, quality(20.0, 30.1), 2.0) is None
+    assert warning(W4A4, "rtn", EVEN, SITES, quality(20.0, 30.0), 1.5) is None
+    assert warning(W4A4, "rtn", EVEN, SITES, quality(20.0, 30.1), 1.5)
+    assert warning(W4A4, "rtn", EVEN, SITES, quality(20.0, 30.1), 2.0) is None
 
 
 def test_no_finite_perplexity_is_warned_of_whatever_the_limit():
-    told = warning(W4A4, "rtn", {"a": site(None)}, quality(20.0, None), 1e9)
+    told = warning(W4A4, "rtn", EVEN, {"a": site(None)}, quality(20.0, None), 1e9)
     assert "from 20 to no finite number; try" in told
 
 
@@ -60,10 +65,33 @@ def test_no_finite_perplexity_is_warned_of_whatever_the_limit():
         (named("w4a8").changed(hadamard="ffn"), "rtn", "--scheme w4a16"),
         (named("w4a16"), "rtn", "--weights gptq"),
         (named("w4a16"), "gptq", "weights of 8 bits"),
+        (W4A4.changed(down=SIXTEEN), "rtn", "--hadamard full"),
+        (BODY_LEFT.changed(kv_bits=4), "rtn", "--kv 8"),
+        (BODY_LEFT.changed(kv_bits=4, head=4, embedding_bits=4), "rtn", "--kv 8 --head 8 --embedding 8"),
+        (BODY_LEFT.changed(kv_bits=8, embedding_bits=4), "gptq", "--embedding 8"),
+        (BODY_LEFT.changed(kv_bits=8), "rtn", None),
     ],
 )
 def test_the_next_option_is_one_that_is_not_taken_yet(scheme, weights, wanted):
-    assert next_option(scheme, weights) == wanted
+    assert next_option(scheme, weights, EVEN) == wanted
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "wanted"),
+    [
+        (W4A4, {"intermediate_size": 81}, "--scheme w4a4-token"),
+        (named("w4a8"), {"intermediate_size": 81}, "--scheme w4a16"),
+        (W4A4, {"hidden_size": 39, "head_dim": 8}, "--hadamard ffn"),
+        (W4A4.changed(down=SIXTEEN), {"hidden_size": 39, "head_dim": 8}, "--scheme w4a4-token"),
+    ],
+)
+def test_an_option_that_the_model_cannot_have_is_not_named(scheme, shape, wanted):
+    assert next_option(scheme, "rtn", LlamaConfig.from_json("m", {**BASE, **shape})) == wanted
+
+
+def test_where_no_option_is_left_none_is_named():
+    told = warning(BODY_LEFT.changed(kv_bits=8), "rtn", EVEN, {}, quality(20.0, 130.0), 1.5)
+    assert told.endswith("(x 6.5, allowed 1.5); a model that can be trained can be tuned for its scheme")
 
 
 def report(sites, calibration=None, after=25.0):

@@ -62,7 +62,10 @@ def test_learned_scales_are_those_of_the_quantized_model(tuned, text_path, tmp_p
                 codes_MK = arithmetic.quantize(weight_MK, wanted[f"{name}.weight_scale"][:, None])
                 np.testing.assert_array_equal(linear.weight.codes, codes_MK)
     assert report["quantization"]["scales"] == "learned"
-    assert report["quantization"]["notes"] == []
+    notes = report["quantization"]["notes"]
+    assert [("GPTQ's, not those that the model was tuned with" in note) for note in notes] == [True] * (
+        weights == "gptq"
+    )
     assert report["tuning"]["steps"] == 1
 
 
@@ -110,9 +113,9 @@ Q = "model.layers.0.self_attn.q_proj"
         *(
             (
                 lambda scales, value=value: scales.update({f"{Q}.input_scale": np.array([value], np.float32)}),
-                "is not a positive bfloat16 number",
+                "is not a positive, normal bfloat16 number",
             )
-            for value in (0, -1, np.nan, np.inf, 0.3)
+            for value in (0, -1, np.nan, np.inf, 0.3, 2.0**-127)
         ),
     ],
 )
