@@ -6,7 +6,7 @@ Shapes: B batch, L length, D model width, H heads, C head width, N rows, K input
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,12 +166,22 @@ def quantize_cache(block: LlamaDecoderLayer, kv_bits: int) -> None:
     attention.qk_rotation = HadamardTransform(attention.head_dim) if kv_bits == 4 else None
 
 
+class CheckedLlamaConfig(LlamaConfig):  # type: ignore[no-untyped-call]
+    """One that `quant.llama` has checked. Heads have a width of their own: the model's need be no multiple of them."""
+
+    def validate_architecture(self) -> None:
+        """Takes the place of transformers' check."""
+
+
 def transformers_config(source: WeightSource) -> LlamaConfig:
-    """The model's config.json as transformers has it, without quantization, with the attention of this module."""
-    fields = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    fields = {key: value for key, value in fields.items() if key != "quantization_config"}
-    fields["tie_word_embeddings"] = source.config.tie_word_embeddings
-    return LlamaConfig.from_dict(fields, attn_implementation=ATTENTION)
+    """The model's shape as transformers has it, with the attention of this module.
+
+    Of config.json it has what `quant.llama` reads and no more: transformers refuses fields that compute nothing here.
+    """
+    fields = asdict(source.config)
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    fields |= {"bos_token_id": None, "eos_token_id": None}  # whose defaults a small vocabulary may not have
+    return CheckedLlamaConfig.from_dict(fields, attn_implementation=ATTENTION)
 
 
 def build_block(source: WeightSource, config: LlamaConfig, layer: int) -> LlamaDecoderLayer:

@@ -1,11 +1,13 @@
 """Runs windows of text through a model a block at a time: of the weights, one block is in memory.
 
-A window's hidden states are float32 [L, D]; what is held is those of all windows, between two blocks.
+A window's hidden states are float32 [L, D]. What is held is those of all windows between two blocks; to score a long
+text, those of a group of windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -18,6 +20,10 @@ from quant.model import WeightSource, build_block, build_embedding, build_head, 
 
 LOGIT_ROWS = 512
 """Rows of logits that are held at a time: a long context times a large vocabulary would not fit in memory."""
+
+
+GROUP_TOKENS = 65_536
+"""Tokens that are scored at a time. Each group reads every block once more, which costs little beside running it."""
 
 
 class HiddenStates:
@@ -64,7 +70,7 @@ def log_likelihoods(
 ) -> list[NDArray[np.float64]]:
     """The log likelihood, in nats, of every token of a window but its first: [L - 1] for each window.
 
-    Windows that differ in their last token only are run once.
+    Windows that differ in their last token only are run once. The hidden states of about `GROUP_TOKENS` are in memory.
 
     Args:
         windows: at least 2 token ids each; all but the last fit into the context.
@@ -72,18 +78,49 @@ def log_likelihoods(
         progress: what to call the bar on stderr, if there is to be one.
     """
     inputs = [tuple(window[:-1]) for window in windows]  # nothing follows from a window's last token
-    distinct = list(dict.fromkeys(inputs))
-    hidden = HiddenStates(source, [list(ids) for ids in distinct])
-    layers = range(source.config.num_hidden_layers)
-    for layer in tqdm(layers, progress, disable=None if progress else True, leave=False):
-        hidden.advance(build_block(source, hidden.config, layer))
-    norm, head = build_norm(source), build_head(source)
-    state_of = dict(zip(distinct, hidden.states, strict=True))
     counts = [len(ids) for ids in inputs] if scored is None else scored
-    return [
-        _token_log_likelihoods(head, norm(state_of[ids][-count:]), torch.tensor(window[-count:]))
-        for ids, window, count in zip(inputs, windows, counts, strict=True)
-    ]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, ids in enumerate(inputs):
+        alike.setdefault(ids, []).append(i)
+    groups, scores = _groups(alike), dict[int, NDArray[np.float64]]()
+    steps = len(groups) * source.config.num_hidden_layers
+    with tqdm(total=steps, desc=progress, disable=None if progress else True, leave=False) as bar:
+        for group in groups:
+            targets = {i: torch.tensor(windows[i][-counts[i] :]) for ids in group for i in alike[ids]}
+            scores |= _group_log_likelihoods(source, {ids: alike[ids] for ids in group}, targets, bar)
+    return [scores[i] for i in range(len(windows))]
+
+
+def _group_log_likelihoods(
+    source: WeightSource,
+    alike: Mapping[tuple[int, ...], Sequence[int]],
+    targets: Mapping[int, Tensor],
+    bar: tqdm[NoReturn],
+) -> dict[int, NDArray[np.float64]]:
+    """Of the last targets of every window; `alike` has the windows that are the same but for their last token."""
+    hidden = HiddenStates(source, [list(ids) for ids in alike])
+    for layer in range(source.config.num_hidden_layers):
+        hidden.advance(build_block(source, hidden.config, layer))
+        bar.update()
+    norm, head = build_norm(source), build_head(source)
+    return {
+        i: _token_log_likelihoods(head, norm(state_LD[-len(targets[i]) :]), targets[i])
+        for state_LD, same in zip(hidden.states, alike.values(), strict=True)
+        for i in same
+    }
+
+
+def _groups(inputs: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Cut so that each has at most `GROUP_TOKENS` tokens, or one window that has more."""
+    groups: list[list[tuple[int, ...]]] = []
+    room = 0
+    for ids in inputs:
+        if not groups or len(ids) > room:
+            groups.append([])
+            room = GROUP_TOKENS
+        groups[-1].append(ids)
+        room -= len(ids)
+    return groups
 
 
 def _token_log_likelihoods(head: nn.Module, hidden_ND: Tensor, targets_N: Tensor) -> NDArray[np.float64]:

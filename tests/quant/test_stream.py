@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_4bit
+from checkpoints import write_4bit, write_full_precision
 from transformers import LlamaForCausalLM
 
 from quant import stream
@@ -39,6 +39,40 @@ def test_log_likelihoods_are_those_of_transformers(make_checkpoint, shape):
             log_probabilities = model(torch.tensor([window])).logits[0].double().log_softmax(-1)
         wanted = log_probabilities[torch.arange(len(window) - 1), window[1:]].numpy()
         np.testing.assert_allclose(score, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rms_norm_eps": 1},
+        {"dtype": "nonsense"},
+        {"pad_token_id": "x"},
+        {"use_cache": 3},
+        {"initializer_range": "wide"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_fields_that_only_transformers_refuses_do_not_matter(make_checkpoint, edit_config, fields):
+    wanted = log_likelihoods(
+        CheckpointReader(make_checkpoint(rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)))), WINDOWS
+    )
+    path = make_checkpoint("edited")
+    edit_config(path, **fields)
+    with pytest.raises(Exception, match="|".join(map(str, [*fields, *fields.values()]))):
+        LlamaForCausalLM.from_pretrained(path)
+    for scores, expected in zip(log_likelihoods(CheckpointReader(path), WINDOWS), wanted, strict=True):
+        np.testing.assert_array_equal(scores, expected)
+
+
+def test_a_width_may_be_no_multiple_of_the_heads(tmp_path):
+    shape = {"hidden_size": 26, "head_dim": 6}
+    reader = CheckpointReader(write_full_precision(tmp_path / "source", **shape))
+    with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
+        LlamaForCausalLM.from_pretrained(reader.path)
+    with torch.no_grad():
+        log_probabilities = load_model(reader)(torch.tensor([[1, 2, 3]])).logits[0].log_softmax(-1)
+    wanted = log_probabilities[[0, 1], [2, 3]].numpy()
+    np.testing.assert_allclose(log_likelihoods(reader, [[1, 2, 3]])[0], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a4-token", "w4a8", "w4a16"])
@@ -78,6 +112,27 @@ def test_how_many_logits_are_held_changes_nothing(checkpoint_path, monkeypatch):
     monkeypatch.setattr(stream, "LOGIT_ROWS", 3)
     for parts, wanted in zip(log_likelihoods(reader, WINDOWS), whole, strict=True):
         np.testing.assert_allclose(parts, wanted, atol=1e-6)
+
+
+def test_how_many_windows_are_held_changes_nothing(checkpoint_path, monkeypatch):
+    held, begin = [], HiddenStates.__init__
+
+    def recording(self, source, windows):
+        held.append([len(window) for window in windows])
+        begin(self, source, windows)
+
+    monkeypatch.setattr(HiddenStates, "__init__", recording)
+    reader = CheckpointReader(checkpoint_path)
+    windows = [*WINDOWS, [*WINDOWS[0][:-1], 5]]  # the last is run together with the first
+    whole = log_likelihoods(reader, windows)
+    monkeypatch.setattr(stream, "GROUP_TOKENS", 32)
+    grouped = log_likelihoods(reader, windows)
+    monkeypatch.setattr(stream, "GROUP_TOKENS", 1)
+    apart = log_likelihoods(reader, windows)
+    assert held == [[31, 1, 6, 31], [31, 1], [6], [31], [31], [1], [6], [31]]
+    for i, wanted in enumerate(whole):
+        np.testing.assert_array_equal(grouped[i], wanted)
+        np.testing.assert_array_equal(apart[i], wanted)
 
 
 def test_outputs_leave_the_states_and_advance_moves_them(checkpoint_path):
