@@ -65,7 +65,7 @@ class LearnedScale(nn.Module):
         self.logarithm = nn.Parameter(start.log())
 
     def forward(self) -> Tensor:
-        scale = self.logarithm.exp()
+        scale = self.logarithm.exp().clamp_min(float(arithmetic.BFLOAT16_TINY))
         return scale + (scale.detach().bfloat16().float() - scale.detach())
 
 

@@ -58,7 +58,7 @@ GOAL = 1.05
 
 
 SCHEME = named("w4a4").changed(kv_bits=4, hadamard="ffn", head=8, embedding_bits=8)
-TUNING = TuneSettings(steps=400)
+TUNING = TuneSettings(steps=600)
 
 
 def main(run: Path) -> None:
