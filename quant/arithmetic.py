@@ -236,5 +236,6 @@ def dequantize_kv(
     The scale may have been rounded up, so that within 1/256 of float32's largest number a value may become infinite.
     """
     difference_NC = codes_NC.astype(np.float32) - zero_N1.astype(np.float32)
-    values: NDArray[np.float32] = difference_NC * scale_N1
+    with np.errstate(over="ignore"):
+        values: NDArray[np.float32] = difference_NC * scale_N1
     return values

@@ -43,6 +43,7 @@ def by_the_book(head, bits):
 @given(HEADS, BITS)
 @example(np.array([LARGEST, -LARGEST], np.float32), 4)
 @example(np.array([[LARGEST, LARGEST]], np.float32), 8)
+@example(np.array([3.4019931e38], np.float32), 4)  # becomes infinite, without a warning
 @example(np.array([1e-45, -1e-45, 0], np.float32), 4)
 @example(np.array([0.5, 1.5, 2.5, 15], np.float32), 4)  # ties
 @example(np.array([-1, 0.5, 1.5, 14], np.float32), 4)  # ties beside an odd zero point
