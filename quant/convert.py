@@ -27,7 +27,7 @@ from quant.format import CheckpointReader
 from quant.layers import LayerQuantizer
 from quant.llama import EMBEDDING, HEAD, CheckpointError
 from quant.model import WeightSource, build_block, build_norm
-from quant.partial import PartialRun, partial_run
+from quant.partial import PartialRun, file_identity, partial_run, source_files
 from quant.perplexity import measure_perplexity
 from quant.report import OUTLIER_SAFE_RATIO, NotOutlierSafeError, warning
 from quant.rotation import RotatedSource
@@ -145,12 +145,10 @@ def _read_texts(
 
 
 def _made_from(reader: CheckpointReader, plan: Calibration, windows: list[list[int]]) -> dict[str, Any]:
-    """All that determines the parts of a run, by names for an error. Files count as the same by size and time."""
-    files = sorted(file for file in reader.path.iterdir() if file.suffix in (".safetensors", ".json"))
-    stats = {file.name: file.stat() for file in files if file.is_file()}
+    """All that determines the parts of a run, by names for an error."""
     return {
         "tool version": version("osp-runtime"),
-        "source files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "source files": {file.name: file_identity(file) for file in source_files(reader.path)},
         "scheme": plan.scheme.to_dict(),
         "--weights": plan.weights_method,
         "--clip": str(plan.clip),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,9 @@ from typing import Any
 
 from quant.convert import quantize_checkpoint
 from quant.directories import require_vacant
-from quant.files import read_json, write_json
+from quant.files import write_json
 from quant.format import read_provenance
-from quant.partial import OtherRunError
+from quant.partial import RUN_FILE, file_identity, require_same, source_files
 from quant.scheme import Scheme
 from quant.tuning import TuneSettings, require_tunable, tune
 from quant.tuning_text import TuningText
@@ -102,12 +101,10 @@ def _place_for(save_tuned: str | os.PathLike[str] | None, out: Path) -> Path | N
 def _begun_with(
     source: Path, scheme: Scheme, settings: TuneSettings, text: TuningText, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that determines the result, by names for an error. Files count as the same by size and time."""
-    files = sorted(file for file in source.iterdir() if file.suffix in (".safetensors", ".json"))
+    """All that determines the result, by names for an error."""
     texts = [Path(path) for key in ("calibration", "heldout") for path in options.get(key, ())]
-    stats = {str(file): file.stat() for file in (*files, *texts)}
     return {
-        "source or text files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "source or text files": {str(file): file_identity(file) for file in (*source_files(source), *texts)},
         "scheme": scheme.to_dict(),
         "tuning": asdict(settings),
         "tuning text": text.sha256,
@@ -117,16 +114,8 @@ def _begun_with(
 
 def _begin(work: Path, begun_with: Mapping[str, Any]) -> None:
     """Records what the work is begun with, or compares it with what was recorded."""
-    file = work / "begun_with.json"
-    wanted = json.loads(json.dumps(begun_with))
-    if file.exists():
-        recorded = read_json(work, file.name, "remove this directory to start anew")
-        differing = sorted(key for key in recorded | wanted if recorded.get(key) != wanted.get(key))
-        if differing:
-            raise OtherRunError(
-                f"{work} was begun with another: {', '.join(differing)}; go on with what it was begun with, or remove "
-                "it to start anew"
-            )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(file, wanted)
+    if (work / RUN_FILE).exists():
+        require_same(work, begun_with)
+    else:
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / RUN_FILE, begun_with)

@@ -145,12 +145,12 @@ def attend(
     if kv_bits == 4:
         query, key = module.qk_rotation(query), module.qk_rotation(key)  # type: ignore[operator]
     if kv_bits < 16:
-        key, value = (_straight_through(x, simulate_kv(x, kv_bits)) for x in (key, value))
+        key, value = (straight_through(x, simulate_kv(x, kv_bits)) for x in (key, value))
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return mixed.transpose(1, 2), None
 
 
-def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
     """`rounded`, with the gradient of `x` where there is one."""
     return x + (rounded - x).detach() if x.requires_grad else rounded
 

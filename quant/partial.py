@@ -33,6 +33,33 @@ class OtherRunError(ValueError):
     """What lies in the partial directory was made from something else than what is to go on."""
 
 
+def source_files(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint directory that determine what is made from it."""
+    return sorted(file for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".json") and file.is_file())
+
+
+def file_identity(file: Path) -> list[int]:
+    """Size and time of change: a file in which both are alike counts as the same."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def require_same(directory: Path, made_from: Mapping[str, Any]) -> None:
+    """Compares what a run is made from with what the unfinished one in `directory` recorded in `RUN_FILE`.
+
+    Raises:
+        OtherRunError: the two differ; the message says in what.
+    """
+    wanted = json.loads(json.dumps(made_from))
+    recorded = read_json(directory, RUN_FILE, "remove this directory to start anew")
+    differing = sorted(key for key in recorded | wanted if recorded.get(key) != wanted.get(key))
+    if differing:
+        raise OtherRunError(
+            f"{directory} holds parts of a run that differs in: {', '.join(differing)}; go on with what that run was "
+            "started with, or remove the directory to start anew"
+        )
+
+
 class PartialRun:
     """The parts of an unfinished run.
 
@@ -54,16 +81,9 @@ class PartialRun:
         Raises:
             OtherRunError: finished parts were made from something else; the message says what differs.
         """
-        wanted = json.loads(json.dumps(made_from))
         if self.finished():
-            recorded = read_json(self.directory, RUN_FILE, "remove this directory to start anew")
-            differing = sorted(key for key in recorded | wanted if recorded.get(key) != wanted.get(key))
-            if differing:
-                raise OtherRunError(
-                    f"{self.directory} holds parts of a run that differs in: {', '.join(differing)}; go on with what "
-                    "that run was started with, or remove the directory to start anew"
-                )
-        write_json(self.directory / RUN_FILE, wanted)
+            require_same(self.directory, made_from)
+        write_json(self.directory / RUN_FILE, made_from)
         shutil.rmtree(self.checkpoint, ignore_errors=True)
         self.checkpoint.mkdir()
 

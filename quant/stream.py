@@ -21,7 +21,6 @@ from quant.model import WeightSource, build_block, build_embedding, build_head, 
 LOGIT_ROWS = 512
 """Rows of logits that are held at a time: a long context times a large vocabulary would not fit in memory."""
 
-
 GROUP_TOKENS = 65_536
 """Tokens that are scored at a time. Each group reads every block once more, which costs little beside running it."""
 
@@ -44,20 +43,11 @@ class HiddenStates:
         self.states: list[Tensor] = [embedding(torch.tensor(window)) for window in windows]
 
     @torch.inference_mode()
-    def outputs(self, block: LlamaDecoderLayer) -> list[Tensor]:
-        """What `block` makes of the states, which stay."""
-        return [self._run(block, state) for state in self.states]
-
-    @torch.inference_mode()
     def advance(self, block: LlamaDecoderLayer) -> None:
         """The states become what `block` makes of them."""
-        for i, state in enumerate(self.states):
-            self.states[i] = self._run(block, state)
-
-    def _run(self, block: LlamaDecoderLayer, state_LD: Tensor) -> Tensor:
-        positions = torch.arange(len(state_LD))[None]
-        output: Tensor = block(state_LD[None], position_embeddings=self._rotary(state_LD[None], positions))
-        return output[0]
+        for i, state_LD in enumerate(self.states):
+            positions = torch.arange(len(state_LD))[None]
+            self.states[i] = block(state_LD[None], position_embeddings=self._rotary(state_LD[None], positions))[0]
 
 
 @torch.inference_mode()

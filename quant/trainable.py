@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from quant import arithmetic
 from quant.format import CheckpointReader
-from quant.model import HadamardTransform, load_model, quantize_cache, token_scales
+from quant.model import HadamardTransform, load_model, quantize_cache, straight_through, token_scales
 from quant.scheme import LINEAR_SITES, SHARED_INPUTS, LinearScheme, Scheme
 from quant.weights import QuantizedLinear
 
@@ -66,7 +66,7 @@ class LearnedScale(nn.Module):
 
     def forward(self) -> Tensor:
         scale = self.logarithm.exp().clamp_min(float(arithmetic.BFLOAT16_TINY))
-        return scale + (scale.detach().bfloat16().float() - scale.detach())
+        return straight_through(scale, scale.bfloat16().float())
 
 
 class TrainableQuantizedLinear(nn.Module):
@@ -100,7 +100,7 @@ class TrainableQuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # As the checkpoint will hold it, so that the codes that are trained are those that are written.
-        weight = self.weight + (self.weight.detach().to(self.stored).float() - self.weight.detach())
+        weight = straight_through(self.weight, self.weight.to(self.stored).float())
         if not self.rounding:
             return F.linear(x, weight)
         if self.rotation is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from quant.model import build_block
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
 
@@ -29,6 +33,34 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+@dataclass
+class BlockCounter:
+    """Counts the blocks that are built, and how many of them are in memory at once, at most."""
+
+    built: list[weakref.ref[Any]] = field(default_factory=list)
+    most: int = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Stands in for `build_block`."""
+        self.most = max(self.most, 1 + sum(reference() is not None for reference in self.built))
+        block = build_block(*arguments)
+        self.built.append(weakref.ref(block))
+        return block
+
+
+@pytest.fixture
+def count_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BlockCounter]:
+    """`count_blocks(module, …)` counts the blocks that these modules build."""
+
+    def count(*modules: Any) -> BlockCounter:
+        counter = BlockCounter()
+        for module in modules:
+            monkeypatch.setattr(module, "build_block", counter)
+        return counter
+
+    return count
 
 
 def byte_tokenizer() -> Tokenizer:

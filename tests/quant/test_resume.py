@@ -6,17 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import weakref
 from contextlib import contextmanager
 
 import pytest
 
-from quant import convert
+from quant import convert, stream
 from quant.clip import ClipSearch
 from quant.convert import quantize_checkpoint
 from quant.format import read_checkpoint
 from quant.layers import LayerQuantizer
-from quant.model import build_block
 from quant.partial import OtherRunError, partial_run
 from quant.scheme import named
 
@@ -219,19 +217,9 @@ def test_an_empty_directory_is_filled_and_parents_are_made(path, text_path, tmp_
         assert not list(out.parent.glob(".*.partial"))
 
 
-def test_one_block_is_in_memory_at_a_time(make_checkpoint, text_path, tmp_path, monkeypatch):
-    built, most = [], 0
-
-    def counting(*arguments):
-        nonlocal most
-        most = max(most, 1 + sum(reference() is not None for reference in built))
-        block = build_block(*arguments)
-        built.append(weakref.ref(block))
-        return block
-
-    monkeypatch.setattr(convert, "build_block", counting)
-    monkeypatch.setattr("quant.stream.build_block", counting)
+def test_one_block_is_in_memory_at_a_time(make_checkpoint, text_path, tmp_path, count_blocks):
+    blocks = count_blocks(convert, stream)
     path = make_checkpoint(num_hidden_layers=4)
     quantize_checkpoint(path, tmp_path / "out", W4A4, calibration=[text_path])
-    assert len(built) == 3 * 4  # to calibrate, and to measure before and after
-    assert most == 1
+    assert len(blocks.built) == 3 * 4  # to calibrate, and to measure before and after
+    assert blocks.most == 1
