@@ -119,7 +119,7 @@ class RunnerScorer:
             ids_L = np.array(inputs[start : start + LOGIT_ROWS], np.int32)
             end = start + len(ids_L)
             wanted = max(0, min(len(ids_L), end - first))
-            logits_NV = self._runner.step([SequenceSlice(ids_L, start, block_table, wanted)]).astype(np.float64)
+            logits_NV = self._runner.step([SequenceSlice(ids_L, start, block_table, wanted)]).rows().astype(np.float64)
             highest_N = logits_NV.max(axis=-1)
             log_sums_N = highest_N + np.log(np.exp(logits_NV - highest_N[:, None]).sum(axis=-1))
             part_WN = targets_WN[:, end - wanted - first : end - first]

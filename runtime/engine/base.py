@@ -7,9 +7,8 @@ vLLM brings its own scheduler and implements `Engine` directly.
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -37,6 +36,10 @@ class GenerationError(RuntimeError):
     """This one request failed in the engine (NaN logits, say); the engine and the other requests go on."""
 
 
+MAX_LOGPROBS = 20
+"""Most alternatives to a token whose log-probabilities can be asked for."""
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended. `stop`: an end token (or, in the text layer, a stop string). `length`: `max_tokens`."""
 
@@ -45,16 +48,42 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class Guide(Protocol):
+    """Narrows each next token to what a grammar, say, allows. Called from the engine's thread."""
+
+    def allowed(self, token_ids: Sequence[int]) -> NDArray[np.bool_] | None:
+        """Which tokens may follow the generated `token_ids` (without the prompt): bool [V]; None: all of them.
+
+        A function of `token_ids` alone: the children of a request with n > 1 share one guide, and a sequence that was
+        put off asks again. What it raises, or a mask of nothing, fails the request and no other.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens.
+    """How to choose tokens. What each does, and in which order, is vLLM's; see `runtime.engine.sampler`.
 
     Attributes:
-        max_tokens: most tokens to generate, >= 1. Prompt plus `max_tokens` must fit the context.
+        max_tokens: most tokens to generate, >= 1; 0 only scores the prompt, with `prompt_logprobs`. Prompt plus
+            `max_tokens` must fit the context.
         temperature: >= 0 and finite; 0 is greedy.
+        top_k: keep the `top_k` likeliest tokens, and those that tie with the last; 0 keeps all.
         top_p: in (0, 1]; the smallest set of tokens whose probability reaches it is kept.
-        seed: the random stream depends on (seed, position) only, so the same request gives the same tokens.
+        min_p: in [0, 1]; keep tokens at least `min_p` times as likely as the likeliest.
+        repetition_penalty: > 0; logits of tokens of prompt and output are divided by it if positive, multiplied if not.
+        frequency_penalty: in [-2, 2]; taken off a token's logit for each time that it was generated.
+        presence_penalty: in [-2, 2]; taken off a token's logit if it was generated.
+        logit_bias: by token id, what is added to its logit, in [-100, 100].
+        allowed_token_ids: only these may come; None: all.
+        banned_token_ids: these may not come.
+        guide: narrows the next token further.
+        seed: the random stream depends on (seed, child, position) only, so the same request gives the same tokens.
         stop_token_ids: tokens that end the sequence. The token itself is part of the output.
+        min_tokens: until so many tokens are generated, `stop_token_ids` may not come.
+        logprobs: log-probabilities of each generated token, and of the so many likeliest in its place, 0 to
+            `MAX_LOGPROBS`; None: none. They are the model's own, before all of the above.
+        prompt_logprobs: the same of the prompt's tokens.
     """
 
     max_tokens: int
@@ -62,23 +91,74 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: frozenset[int] | None = None
+    banned_token_ids: frozenset[int] = frozenset()
+    guide: Guide | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate. `request_id` is unique among live requests."""
+    """A prompt, and how to continue it.
+
+    Attributes:
+        request_id: unique among live requests.
+        n: how many sequences to generate; child i draws from the stream (seed, i, position).
+        priority: lower runs first; first come, first served among equals.
+        cache_salt: requests share cached prefixes only with those of the same salt.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    n: int = 1
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position.
+
+    Attributes:
+        token_id, logprob: the token that stands there.
+        rank: 1 plus how many tokens were likelier.
+        top: (id, logprob) of the likeliest tokens, likeliest first, the lower id among equals.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """Newly generated tokens, usually one. `finish_reason` is set on the last chunk, which may hold no token."""
+    """Newly generated tokens of one sequence, usually one.
+
+    Attributes:
+        finish_reason: set on the sequence's last chunk, which may hold no token.
+        index: which of the request's `n` sequences.
+        logprobs: one for each of `token_ids`, if they were asked for.
+        prompt_logprobs: on the first chunk of sequence 0, if they were asked for: one for each prompt token, None for
+            the first of them.
+        cached_tokens: on a sequence's first chunk, how many prompt tokens came from the prefix cache.
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +171,23 @@ class EngineInfo:
     vocab_size: int
 
 
-def check_request(request: GenerationRequest, info: EngineInfo) -> None:
-    """Raises `RequestRejectedError`, saying what is wrong, unless an engine such as `info` can run the request."""
-    prompt, sampling = request.prompt_token_ids, request.sampling
-    if not prompt:
-        raise RequestRejectedError("the prompt is empty; it needs at least one token")
-    foreign = next((token for token in prompt if not 0 <= token < info.vocab_size), None)
-    if foreign is not None:
-        raise RequestRejectedError(f"token id {foreign} is outside the vocabulary of {info.vocab_size}")
-    if sampling.max_tokens < 1:
-        raise RequestRejectedError(f"max_tokens must be at least 1, is {sampling.max_tokens}")
-    if len(prompt) + sampling.max_tokens > info.context_length:
-        raise RequestRejectedError(
-            f"{len(prompt)} prompt tokens and max_tokens of {sampling.max_tokens} exceed the context of "
-            f"{info.context_length} tokens"
-        )
-    # Written so that NaN fails too.
-    if not 0 <= sampling.temperature < math.inf:
-        raise RequestRejectedError(f"temperature must be a finite number >= 0, is {sampling.temperature}")
-    if not 0 < sampling.top_p <= 1:
-        raise RequestRejectedError(f"top_p must lie in (0, 1], is {sampling.top_p}")
-
-
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for `/metrics`. `kv_usage` is the share of KV blocks in use, 0 to 1."""
+    """A snapshot for `/metrics`.
+
+    Attributes:
+        running, waiting: sequences.
+        kv_usage: the share of KV blocks in use, 0 to 1; blocks that are only remembered for their prefix are free.
+        preemptions: how often a sequence was put off for want of KV blocks, since the start.
+        prefix_cache_queries, prefix_cache_hits: prompt tokens that were looked up and found, since the start.
+    """
 
     running: int
     waiting: int
     kv_usage: float
+    preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
 
 
 class Engine(Protocol):
@@ -129,11 +197,11 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        """Streams chunks until one has a `finish_reason`. Closing the iterator aborts the request.
+        """Streams chunks until each of the `n` sequences has had one with a `finish_reason`. Closing it aborts.
 
         Raises, at the first `__anext__`:
-            RequestRejectedError: prompt plus `max_tokens` exceed the context or the KV cache, an id is outside the
-                vocabulary, an empty prompt, a setting out of range, a `request_id` that is live already.
+            RequestRejectedError: see `runtime.engine.validation`; or the request exceeds the KV cache, or its
+                `request_id` is live already.
             QueueFullError, DrainingError: not now; both are `RequestRejectedError`s.
 
         Raises, also in the middle of a stream:
@@ -142,8 +210,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def abort(self, request_id: str) -> None:
-        """Ends a request with `FinishReason.ABORT` within one step; unknown ids are ignored."""
+    async def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or its sequence `index`, with `FinishReason.ABORT` within one step; ignores unknown ones."""
         ...
 
     def stats(self) -> EngineStats: ...
@@ -179,6 +247,23 @@ class SequenceSlice:
     num_logits: int = 1
 
 
+class StepLogits(Protocol):
+    """The logits of a step, [rows, V], wherever they lie; valid until the next step. In numpy: `ArrayLogits`."""
+
+    def __len__(self) -> int: ...
+
+    def argmax(self) -> NDArray[np.int32]:
+        """The token of the highest logit of each row, the lowest id among equals, int32 [rows].
+
+        -1 for a row that holds a NaN or whose maximum is infinite.
+        """
+        ...
+
+    def rows(self) -> NDArray[np.float32]:
+        """The logits, float32 [rows, V], C-contiguous; perhaps a view of the runner's memory: not to be written to."""
+        ...
+
+
 class ModelRunner(Protocol):
     """Computes logits over a paged KV cache that it owns. Not thread-safe: one caller at a time.
 
@@ -199,6 +284,17 @@ class ModelRunner(Protocol):
         """KV blocks in the cache; block ids are 0 … num_blocks-1."""
         ...
 
-    def step(self, batch: Sequence[SequenceSlice]) -> NDArray[np.float32]:
-        """Writes the slices' keys and values, returns logits float32 [sum of num_logits, V], in batch order."""
+    def step(self, batch: Sequence[SequenceSlice]) -> StepLogits:
+        """Writes the slices' keys and values; returns sum of `num_logits` rows of logits, in batch order.
+
+        Where all sequences are plainly greedy, only `StepLogits.argmax` is asked for: an engine need not copy logits.
+        """
+        ...
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies whole KV blocks in every layer, `sources[i]` to `targets[i]`, i in order.
+
+        The targets differ from each other, and none is the source of a later pair; so reading all sources first does
+        the same.
+        """
         ...

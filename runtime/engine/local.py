@@ -28,11 +28,11 @@ from runtime.engine.base import (
     ModelRunner,
     RequestRejectedError,
     TokenChunk,
-    check_request,
 )
 from runtime.engine.kv_cache import BlockAllocator
 from runtime.engine.sampler import LogitsError, sample
 from runtime.engine.scheduler import RunningSequence, Scheduler, SchedulerLimits, Step
+from runtime.engine.validation import check_request
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,10 @@ class LocalEngine:
             # Without effect after a last event. Otherwise the client has closed the iterator or was cancelled.
             self._end(request.request_id, stream)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, index: int | None = None) -> None:
         """See `Engine.abort`."""
+        if index not in (None, 0):
+            return
         with self._changed:
             self._abort(request_id)
 
@@ -154,7 +156,7 @@ class LocalEngine:
     def _work(self) -> None:
         try:
             while step := self._next_step():
-                logits_NV = self._runner.step(step.slices)
+                logits_NV = self._runner.step(step.slices).rows()
                 self._deliver(step, _sample_all(step.sampled(), logits_NV))
         except Exception as error:
             log.exception("the engine has died")

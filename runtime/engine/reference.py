@@ -25,6 +25,7 @@ from quant.format import Checkpoint
 from quant.llama import CheckpointError
 from quant.scheme import LINEAR_SITES
 from quant.weights import QuantizedWeight
+from runtime.engine.array_logits import ArrayLogits
 from runtime.engine.base import EngineInfo, SequenceSlice
 from runtime.engine.reference_cache import PagedCache
 from runtime.engine.reference_layers import Floats, RMSNorm, Rotary, embedding, hadamard, linear, silu, widened
@@ -83,7 +84,7 @@ class ReferenceRunner:
         """See `ModelRunner.num_blocks`."""
         return self._cache.num_blocks
 
-    def step(self, batch: Sequence[SequenceSlice]) -> Floats:
+    def step(self, batch: Sequence[SequenceSlice]) -> ArrayLogits:
         """See `ModelRunner.step`."""
         x_ND = self._embedding(np.concatenate([slice_.token_ids for slice_ in batch]))
         for layer, block in enumerate(self._blocks):
@@ -91,7 +92,11 @@ class ReferenceRunner:
             x_ND = x_ND + block.feed_forward(x_ND)
         ends = np.cumsum([len(slice_.token_ids) for slice_ in batch])
         wanted = [np.arange(end - slice_.num_logits, end) for slice_, end in zip(batch, ends, strict=True)]
-        return self._head(self._final_norm(x_ND[np.concatenate(wanted)]))
+        return ArrayLogits(self._head(self._final_norm(x_ND[np.concatenate(wanted)])))
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `ModelRunner.copy_blocks`."""
+        self._cache.copy(sources, targets)
 
     def _attention(self, layer: int, block: _Block, x_ND: Floats, batch: Sequence[SequenceSlice]) -> Floats:
         q_NHC, k_NGC, v_NGC = block.project(x_ND)

@@ -5,6 +5,7 @@ Shapes: L tokens of one slice, P positions of one sequence up to the slice's end
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -42,7 +43,7 @@ class PagedCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
-        return self._keys.nbytes + self._values.nbytes
+        return sum(stored.nbytes for stored in (*self._keys.arrays, *self._values.arrays))
 
     def extend(self, layer: int, slice_: SequenceSlice, k_LGC: Floats, v_LGC: Floats) -> tuple[Floats, Floats]:
         """Writes a slice's keys and values; returns those of the whole sequence so far, [P, G, C] each."""
@@ -54,6 +55,11 @@ class PagedCache:
         table = slice_.block_table[: -(-end // self.block_size)]
         return self._keys.read(layer, table, end), self._values.read(layer, table, end)
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `ModelRunner.copy_blocks`."""
+        for stored in (*self._keys.arrays, *self._values.arrays):
+            stored[:, list(targets)] = stored[:, list(sources)]  # reads all sources before it writes
+
 
 class _Floats:
     """Keys or values in float32."""
@@ -61,10 +67,7 @@ class _Floats:
     def __init__(self, heads: tuple[int, ...], head_dim: int) -> None:
         # zeros, not empty, costs nothing: the system maps a page when it is first written.
         self._values = np.zeros((*heads, head_dim), np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        return self._values.nbytes
+        self.arrays: tuple[NDArray[Any], ...] = (self._values,)
 
     def write(self, at: Rows, x_LGC: Floats) -> None:
         self._values[at] = x_LGC
@@ -81,10 +84,7 @@ class _Codes:
         self._codes = np.zeros((*heads, head_dim * bits // 8), np.uint8)
         self._scales = np.zeros((*heads, 1), ml_dtypes.bfloat16)  # what `quantize_kv` rounds them to
         self._zeros = np.zeros((*heads, 1), np.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        return self._codes.nbytes + self._scales.nbytes + self._zeros.nbytes
+        self.arrays: tuple[NDArray[Any], ...] = (self._codes, self._scales, self._zeros)
 
     def write(self, at: Rows, x_LGC: Floats) -> None:
         codes, self._scales[at], self._zeros[at] = arithmetic.quantize_kv(x_LGC, self._bits)

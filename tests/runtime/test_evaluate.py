@@ -20,6 +20,7 @@ import runtime.evaluate
 from quant.arithmetic import NonFiniteError
 from quant.format import Checkpoint, read_tokenizer
 from quant.tasks import Question, ScoredWindow, score_task
+from runtime.engine.array_logits import ArrayLogits
 from runtime.engine.base import SequenceSlice
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.registry import UnknownEngineError
@@ -118,7 +119,7 @@ def test_windows_that_differ_in_their_last_token_are_run_once(full_precision: Ch
     runner, steps = ReferenceRunner(full_precision), []
     step = runner.step
 
-    def count(batch: Sequence[SequenceSlice]) -> NDArray[np.float32]:
+    def count(batch: Sequence[SequenceSlice]) -> ArrayLogits:
         steps.append([(len(slice_.token_ids), slice_.num_logits) for slice_ in batch])
         return step(batch)
 
@@ -182,7 +183,8 @@ def test_nothing_to_score(full_precision: Checkpoint, tokenizer: Tokenizer) -> N
 
 def test_a_model_that_computes_nan(full_precision: Checkpoint, tokenizer: Tokenizer) -> None:
     runner = ReferenceRunner(full_precision)
-    runner.step = lambda batch: np.full((sum(s.num_logits for s in batch), 97), np.nan, np.float32)  # type: ignore[method-assign]
+    nan = np.full((1000, 97), np.nan, np.float32)
+    runner.step = lambda batch: ArrayLogits(nan[: sum(s.num_logits for s in batch)])  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="over 2 tokens is nan"):
         perplexity(RunnerScorer(runner), tokenizer, ["t1 t2 t3"])
 

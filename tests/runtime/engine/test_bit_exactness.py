@@ -65,7 +65,7 @@ def alone(checkpoint: Checkpoint, prompts: NDArray[np.int32]) -> NDArray[np.floa
     rows = []
     for ids in prompts:
         runner, table = new_runner(checkpoint), np.arange(BLOCKS_EACH, dtype=np.int32)
-        rows.append([runner.step([SequenceSlice(ids[i : i + 1], i, table)])[0] for i in range(LENGTH)])
+        rows.append([runner.step([SequenceSlice(ids[i : i + 1], i, table)]).rows()[0] for i in range(LENGTH)])
     return np.array(rows)
 
 
@@ -82,7 +82,8 @@ def test_any_batch_of_whole_prompts(
 ) -> None:
     tables = np.arange(SEQUENCES * BLOCKS_EACH, dtype=np.int32).reshape(SEQUENCES, -1)
     for count in BATCHES:
-        logits = new_runner(checkpoint).step([whole(*pair) for pair in zip(prompts[:count], tables, strict=False)])
+        batch = [whole(*pair) for pair in zip(prompts[:count], tables, strict=False)]
+        logits = new_runner(checkpoint).step(batch).rows()
         np.testing.assert_array_equal(logits.reshape(count, LENGTH, -1), alone[:count])
 
 
@@ -92,7 +93,7 @@ def test_any_batch_of_decodes(checkpoint: Checkpoint, prompts: NDArray[np.int32]
     runner.step([whole(ids[:-1], table) for ids, table in zip(prompts, tables, strict=True)])
     last = [SequenceSlice(ids[-1:], LENGTH - 1, table) for ids, table in zip(prompts, tables, strict=True)]
     for count in BATCHES:
-        np.testing.assert_array_equal(runner.step(last[:count]), alone[:count, -1])
+        np.testing.assert_array_equal(runner.step(last[:count]).rows(), alone[:count, -1])
 
 
 @given(
@@ -122,7 +123,7 @@ def test_any_chunking_over_scattered_blocks(
             SequenceSlice(prompts[sequence, start:end], start, tables[sequence], num_logits=end - start)
             for sequence, (start, end) in zip(chosen, spans, strict=True)
         ]
-        rows = np.split(runner.step(batch), np.cumsum([end - start for start, end in spans])[:-1])
+        rows = np.split(runner.step(batch).rows(), np.cumsum([end - start for start, end in spans])[:-1])
         for sequence, part in zip(chosen, rows, strict=True):
             logits[sequence].append(part)
     for sequence, parts in enumerate(logits):
@@ -135,7 +136,7 @@ def test_logits_are_given_for_the_last_tokens_only(
     tables = np.arange(3 * BLOCKS_EACH, dtype=np.int32).reshape(3, -1)
     batch = [SequenceSlice(prompts[i], 0, tables[i], num_logits=count) for i, count in enumerate((0, 1, 5))]
     expected = np.concatenate([alone[1, -1:], alone[2, -5:]])
-    np.testing.assert_array_equal(new_runner(checkpoint).step(batch), expected)
+    np.testing.assert_array_equal(new_runner(checkpoint).step(batch).rows(), expected)
 
 
 DIGEST = """
@@ -145,7 +146,7 @@ from runtime.engine.base import SequenceSlice
 from runtime.engine.reference import ReferenceRunner
 runner = ReferenceRunner(read_checkpoint(sys.argv[1]))
 ids = np.random.default_rng(5).integers(0, runner.info.vocab_size, 64).astype(np.int32)
-logits = runner.step([SequenceSlice(ids, 0, np.arange(4, dtype=np.int32), num_logits=64)])
+logits = runner.step([SequenceSlice(ids, 0, np.arange(4, dtype=np.int32), num_logits=64)]).rows()
 print(hashlib.sha256(logits.tobytes()).hexdigest())
 """
 

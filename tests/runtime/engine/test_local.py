@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
 from quant.format import Checkpoint
+from runtime.engine.array_logits import ArrayLogits
 from runtime.engine.base import (
     DrainingError,
     EngineDeadError,
@@ -46,7 +46,7 @@ class CountingRunner:
         self.before_step = before_step
         self.steps = 0
 
-    def step(self, batch: Sequence[SequenceSlice]) -> NDArray[np.float32]:
+    def step(self, batch: Sequence[SequenceSlice]) -> ArrayLogits:
         self.steps += 1
         spoilt = self.before_step(batch)
         last = [slice_.token_ids[-1] for slice_ in batch if slice_.num_logits]
@@ -54,7 +54,7 @@ class CountingRunner:
         logits[np.arange(len(last)), [(token + 1) % VOCABULARY for token in last]] = 100
         if spoilt is not None:
             logits[spoilt] = np.nan
-        return logits
+        return ArrayLogits(logits)
 
 
 def request(name: str, prompt: Sequence[int] = (1, 2, 3), max_tokens: int = 5, **sampling: float) -> GenerationRequest:
@@ -151,8 +151,8 @@ def test_twenty_at_once_equal_one_by_one(quantized: Checkpoint, limits: dict[str
     ("wrong", "message"),
     [
         (request("x", ()), "empty"),
-        (request("x", (1, VOCABULARY)), "token id 50 is outside"),
-        (request("x", (-1,)), "token id -1 is outside"),
+        (request("x", (1, VOCABULARY)), "token id 50, which is outside"),
+        (request("x", (-1,)), "token id -1, which is outside"),
         (request("x", max_tokens=0), "max_tokens must be at least 1"),
         (request("x", max_tokens=198), "exceed the context of 200"),
         (request("x", temperature=-1), "temperature"),

@@ -36,12 +36,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def prefill(runner: ReferenceRunner, ids: NDArray[np.int32]) -> NDArray[np.float32]:
     table = np.arange(min(runner.num_blocks, 999), dtype=np.int32)
-    return runner.step([SequenceSlice(ids, 0, table, num_logits=len(ids))])
+    return runner.step([SequenceSlice(ids, 0, table, num_logits=len(ids))]).rows()
 
 
 def token_by_token(runner: ReferenceRunner, ids: NDArray[np.int32]) -> NDArray[np.float32]:
     table = np.arange(runner.num_blocks, dtype=np.int32)
-    rows = [runner.step([SequenceSlice(ids[i : i + 1], i, table)]) for i in range(len(ids))]
+    rows = [runner.step([SequenceSlice(ids[i : i + 1], i, table)]).rows() for i in range(len(ids))]
     return np.concatenate(rows)
 
 
@@ -89,7 +89,7 @@ def test_a_nan_stays_in_its_own_sequence(quantized: Checkpoint) -> None:
     tables = np.arange(3, dtype=np.int32)[:, None]
     batch = [SequenceSlice(row, 0, table, num_logits=3) for row, table in zip(ids, tables, strict=True)]
     sound, spoiled = (
-        ReferenceRunner(checkpoint).step(batch).reshape(3, 3, -1)
+        ReferenceRunner(checkpoint).step(batch).rows().reshape(3, 3, -1)
         for checkpoint in (quantized, dataclasses.replace(quantized, embedding=poisoned))
     )
     assert np.isnan(spoiled[1, 1:]).all()

@@ -40,7 +40,9 @@ def prompt(checkpoint: Checkpoint, seed: int) -> NDArray[np.int32]:
 
 def logits_in_chunks(runner: ReferenceRunner, ids: NDArray[np.int32], chunk: int) -> NDArray[np.float32]:
     cuts = range(0, len(ids), chunk)
-    rows = [runner.step([SequenceSlice(part := ids[i : i + chunk], i, BLOCKS, num_logits=len(part))]) for i in cuts]
+    rows = [
+        runner.step([SequenceSlice(part := ids[i : i + chunk], i, BLOCKS, num_logits=len(part))]).rows() for i in cuts
+    ]
     return np.concatenate(rows)
 
 
@@ -92,13 +94,13 @@ def test_a_nan_stays_in_its_own_sequence(tmp_path: Path, scheme: str) -> None:
     runners = [ReferenceRunner(checkpoint, num_blocks=3) for checkpoint in (sound, spoiled)]
     rows = [np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5, 6], [7, 8, 9])]
     batch = [SequenceSlice(ids, 0, np.array([i], np.int32), num_logits=3) for i, ids in enumerate(rows)]
-    wanted, got = (runner.step(batch).reshape(3, 3, -1) for runner in runners)
+    wanted, got = (runner.step(batch).rows().reshape(3, 3, -1) for runner in runners)
     assert np.isnan(got[1, 1:]).all()
     np.testing.assert_array_equal(got[[0, 2]], wanted[[0, 2]])
     np.testing.assert_array_equal(got[1, 0], wanted[1, 0])
     # The block that a NaN has been in serves another sequence.
     again = [SequenceSlice(rows[2], 0, np.array([1], np.int32), num_logits=3)]
-    np.testing.assert_array_equal(runners[1].step(again), wanted[2])
+    np.testing.assert_array_equal(runners[1].step(again).rows(), wanted[2])
 
 
 @given(st.integers(0, 2**32), st.sampled_from([4, 8]), st.sampled_from([2, 6, 64]))
@@ -149,4 +151,4 @@ def test_a_quantized_embedding_is_never_widened(tmp_path: Path) -> None:
     tracemalloc.stop()
     head_bytes, table_bytes = 20_000 * 64 * 4, 20_000 * 64 // 2
     assert head_bytes < held < head_bytes + table_bytes
-    assert runner.step([SequenceSlice(np.array([19_999], np.int32), 0, BLOCKS)]).shape == (1, 20_000)
+    assert runner.step([SequenceSlice(np.array([19_999], np.int32), 0, BLOCKS)]).rows().shape == (1, 20_000)

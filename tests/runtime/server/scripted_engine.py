@@ -13,8 +13,8 @@ from runtime.engine.base import (
     GenerationRequest,
     QueueFullError,
     TokenChunk,
-    check_request,
 )
+from runtime.engine.validation import check_request
 
 Script = Callable[[GenerationRequest], Sequence[int]]
 
@@ -68,7 +68,7 @@ class ScriptedEngine:
         finally:
             await self.abort(request.request_id)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str, index: int | None = None) -> None:
         if live := self._live.pop(request_id, None):
             self.aborted.append(request_id)
             live.set()
