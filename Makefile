@@ -8,17 +8,20 @@ TORCH ?= torch==2.13.0
 PORT ?= 8000
 BUILD := build
 BIN := $(VENV)/bin
+CMAKE := $(BIN)/python -m cmake
+CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-lowest lint format setup corpus demo-model demo-twin materials quantization-table clean
+.PHONY: help serve test test-lowest lint format setup native bench corpus demo-model demo-twin materials \
+	quantization-table clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-serve: $(VENV)/.base ## Install what serving needs (no torch) and serve the bundled 4-bit model
+serve: $(VENV)/.native ## Install what serving needs (no torch) and serve the bundled 4-bit model
 	$(BIN)/osp serve --port $(PORT)
 
-test: $(VENV)/.dev ## Install everything and run the tests
+test: $(VENV)/.dev $(VENV)/.native ## Install everything and run the tests
 	$(BIN)/python -m pytest
 
 test-lowest: ## The tests again, on the lowest versions that pyproject.toml allows
@@ -26,29 +29,47 @@ test-lowest: ## The tests again, on the lowest versions that pyproject.toml allo
 	grep -oE '"[a-z-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=\(.*\)/==\1.*/' | sort -u > $(BUILD)/lowest.txt
 	test -x $(BUILD)/lowest/bin/python || $(PYTHON) -m venv $(BUILD)/lowest
 	$(BUILD)/lowest/bin/python -m pip install --quiet $(TORCH)
-	$(BUILD)/lowest/bin/python -m pip install --quiet --constraint $(BUILD)/lowest.txt --editable '.[train,quant,dev]'
+	$(BUILD)/lowest/bin/python -m pip install --quiet --constraint $(BUILD)/lowest.txt --editable '.[native,train,quant,dev]'
 	$(BUILD)/lowest/bin/python -m pytest
 
-lint: $(VENV)/.dev ## ruff (rules and format) and mypy
+lint: $(VENV)/.dev ## ruff (rules and format), clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
-format: $(VENV)/.dev ## Apply ruff's format and its safe fixes
+format: $(VENV)/.dev ## Apply ruff's format and its safe fixes, and clang-format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
 
-setup: $(VENV)/.dev ## Install everything, run nothing
+setup: $(VENV)/.dev $(VENV)/.native ## Install everything, run nothing
 
 $(VENV)/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[native]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[train,quant,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[native,train,quant,dev]'
 	touch $@
+
+native: $(VENV)/.base ## Compile the native engine into runtime/native, what has changed of it
+	$(CMAKE) -S . -B $(BUILD)/native -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(CMAKE) --build $(BUILD)/native --parallel $$(nproc)
+	$(CMAKE) --install $(BUILD)/native --prefix .
+
+# What needs the engine only if it is there goes on without it: an old one is not left behind, and the next call tries
+# again.
+$(VENV)/.native: $(VENV)/.base CMakeLists.txt runtime/native/CMakeLists.txt $(CPP)
+	@if $(MAKE) --no-print-directory native; then touch $@; else rm -f runtime/native/_osp*.so; \
+		echo "The native engine could not be compiled, see above; osp uses the next engine. It needs a C++20" \
+			"compiler (g++ 11 or newer) and Python's headers." >&2; fi
+
+bench: $(VENV)/.native ## Measure the native engine: its kernels against the machine, then whole steps
+	$(BIN)/osp bench kernel
+	$(BIN)/osp bench engine
 
 corpus: $(BUILD)/corpus/speeches.jsonl ## Fetch the text that the bundled model was trained on
 
@@ -82,4 +103,4 @@ quantization-table: materials ## Measure the tables of docs/quantization.md, aft
 		--task $(BUILD)/materials/hellaswag.jsonl --task $(BUILD)/materials/mmlu.jsonl
 
 clean: ## Remove everything that was built, the virtual environment too
-	rm -rf $(BUILD) $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(BUILD) $(VENV) runtime/native/_osp*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
