@@ -1,0 +1,1 @@
+"""The native engine: C++ in `src/`, compiled to `_osp`."""

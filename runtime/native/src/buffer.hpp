@@ -1,0 +1,30 @@
+// Memory for weights, caches and activations: 64-byte aligned, zeroed, in huge pages where the system has them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace osp {
+
+class Buffer {
+  public:
+    Buffer() = default;
+    // Throws std::bad_alloc. The memory costs nothing before it is written.
+    explicit Buffer(std::size_t bytes);
+    ~Buffer();
+    Buffer(Buffer&& other) noexcept;
+    Buffer& operator=(Buffer&& other) noexcept;
+
+    std::uint8_t* data() const { return data_; }
+    std::size_t size() const { return bytes_; }
+    template <typename T>
+    T* as() const {
+        return reinterpret_cast<T*>(data_);
+    }
+
+  private:
+    std::uint8_t* data_ = nullptr;
+    std::size_t bytes_ = 0;
+};
+
+}  // namespace osp

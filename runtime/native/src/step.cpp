@@ -1,0 +1,331 @@
+#include "step.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace osp {
+namespace {
+
+constexpr int kRowsOfTile = 4;             // rows that a chunk prepares
+constexpr std::size_t kChunkBytes = 48 << 10;  // of weights that a chunk reads, where there are few rows
+constexpr std::size_t kSmallChunkBytes = 8 << 10;
+constexpr int kChunksOfThread = 8;
+constexpr int kOutputsOfChunk = 1024;      // rows times panels
+constexpr int kTokensOfTile = 16;          // tokens of a slice that a chunk attends for
+constexpr int kPositionsOfTile = 2048;     // a chunk takes more heads while these times positions are fewer
+constexpr int kFewRows = 4;                // so many rows are prepared by one thread
+
+std::size_t lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// A prepared row in scratch: floats, codes, their sum, the scale.
+struct PreparedRow {
+    PreparedRow(std::byte* scratch, int index, int stride)
+        : floats(reinterpret_cast<float*>(scratch + static_cast<std::size_t>(index) * bytes(stride))),
+          codes(reinterpret_cast<std::int8_t*>(floats + stride)), sum(reinterpret_cast<std::int32_t*>(codes + stride)),
+          scale(reinterpret_cast<float*>(sum + 1)) {}
+    static std::size_t bytes(int stride) { return lines(static_cast<std::size_t>(stride) * 5 + 8); }
+
+    float* floats;
+    std::int8_t* codes;
+    std::int32_t* sum;
+    float* scale;
+};
+
+PreparedRow prepared_row(const std::byte* scratch, int index, int stride) {
+    return {const_cast<std::byte*>(scratch), index, stride};
+}
+
+int rows_of_tile(int rows) { return rows <= kFewRows ? kFewRows : std::min(kRowsOfTile, rows); }
+
+// Panels that a chunk takes of a matrix, for `rows` rows of input.
+int panels_of_chunk(const PackedMatrix& matrix, std::size_t all_bytes, int rows, int threads) {
+    const std::size_t share = all_bytes / static_cast<std::size_t>(threads * kChunksOfThread);
+    const std::size_t bytes = std::clamp(share, kSmallChunkBytes, kChunkBytes) / static_cast<std::size_t>(1 + rows / 8);
+    const int least = rows >= 24 ? 2 : 1;  // kernels take two panels at a time where there are many rows
+    const int most = std::max(least, kOutputsOfChunk / rows);
+    return std::clamp(static_cast<int>(bytes / matrix.panel_bytes()), least, most);
+}
+
+void multiply_rows(const Kernel& kernel, const Linear& linear, const InputPlane& input, int rows, int first, int count,
+                   float* y) {
+    const std::size_t stride = static_cast<std::size_t>(count) * kLanes;
+    if (linear.input_bits == 16)
+        kernel.float_product(input.float_rows(0, rows), linear.matrix.view(), first, count, y, stride);
+    else
+        kernel.integer_product(input.code_rows(0, rows), linear.matrix.view(), first, count, y, stride);
+}
+
+}  // namespace
+
+std::size_t scratch_bytes(const Shape& shape, int max_positions, int rows) {
+    const int widest = std::max({shape.width, shape.inner, shape.queries()});
+    const std::size_t stride = static_cast<std::size_t>((widest + kLanes - 1) / kLanes * kLanes);
+    const std::size_t preparing = PreparedRow::bytes(static_cast<int>(stride)) * kRowsOfTile + stride * sizeof(float);
+    const std::size_t placing =
+        static_cast<std::size_t>(shape.queries() + shape.keys() + 2 * shape.head_dim) * sizeof(float) * kRowsOfTile;
+    const std::size_t multiplying =
+        2 * sizeof(float) * kLanes * static_cast<std::size_t>(std::max(kOutputsOfChunk, 2 * rows));
+    const std::size_t attending =
+        sizeof(float) * (static_cast<std::size_t>(kTokensOfTile) * static_cast<std::size_t>(shape.queries()) +
+                         attention_scratch(max_positions));
+    return lines(std::max({preparing, placing, multiplying, attending}) + 4 * 64);
+}
+
+StepBuilder::StepBuilder(Model& model, const Batch& batch)
+    : model_(model), kernel_(model.kernel_), activations_(*model.activations_), plan_(std::make_shared<Plan>()) {
+    plan_->batch = batch;
+    for (std::size_t s = 0; s < batch.slices.size(); ++s) {
+        const Slice& slice = batch.slices[s];
+        for (int i = 0; i < slice.length; ++i) {
+            if (i >= slice.length - slice.logits) plan_->wanted.push_back(static_cast<int>(plan_->position.size()));
+            plan_->slice_of.push_back(static_cast<int>(s));
+            plan_->position.push_back(slice.start + i);
+        }
+    }
+    const Shape& shape = model.shape_;
+    int row = 0;
+    for (std::size_t s = 0; s < batch.slices.size(); row += batch.slices[s].length, ++s) {
+        const Slice& slice = batch.slices[s];
+        const int positions = slice.start + slice.length;
+        const int enough = std::max(1, shape.kv_heads / (2 * model.threads()));
+        const int heads = std::clamp(kPositionsOfTile / positions, 1, slice.length > 1 ? 1 : enough);
+        for (int from = 0; from < slice.length; from += kTokensOfTile)
+            for (int head = 0; head < shape.kv_heads; head += heads)
+                plan_->tiles.push_back({static_cast<int>(s), row + from, slice.start + from,
+                                        std::min(kTokensOfTile, slice.length - from), head,
+                                        std::min(heads, shape.kv_heads - head)});
+    }
+}
+
+// What phases hold must outlive this builder: a late thread may still be in them after `Model::step` has returned. So
+// they refer to the plan, which they share, and to parts of the model, which waits for its threads before it goes.
+std::vector<Phase> StepBuilder::build() {
+    const Weights& weights = model_.weights_;
+    Model::Activations& a = activations_;
+    embed();
+    for (int layer = 0; layer < model_.shape_.layers; ++layer) {
+        const Block& block = weights.blocks[static_cast<std::size_t>(layer)];
+        const Linear &q = block.at(Site::kQ), &k = block.at(Site::kK), &v = block.at(Site::kV), &o = block.at(Site::kO);
+        const Linear &gate = block.at(Site::kGate), &up = block.at(Site::kUp), &down = block.at(Site::kDown);
+        prepare(a.residual, nullptr, a.hidden, block.attention_norm.data(), nullptr, {&q, &k, &v});
+        multiply(a.hidden, rows(), {part(q, a.queries), part(k, a.keys), part(v, a.values)});
+        place(layer);
+        attend(layer);
+        prepare(a.attended.floats, nullptr, a.attended, nullptr, nullptr, {&o});
+        multiply(a.attended, rows(), {part(o, a.residual, true)});
+        prepare(a.residual, nullptr, a.hidden, block.ffn_norm.data(), nullptr, {&gate, &up});
+        Part gated = part(gate, a.inner.floats);
+        gated.up = &up;
+        multiply(a.hidden, rows(), {gated});
+        prepare(a.inner.floats, nullptr, a.inner, nullptr, down.rotated ? &weights.ffn : nullptr, {&down});
+        multiply(a.inner, rows(), {part(down, a.residual, true)});
+    }
+    if (!plan_->wanted.empty()) {
+        prepare(a.residual, &plan_->wanted, a.hidden, weights.final_norm.data(), nullptr, {&weights.head});
+        const auto stride = static_cast<std::size_t>(model_.shape_.vocabulary);
+        multiply(a.hidden, logit_rows(), {{&weights.head, nullptr, model_.logits_.as<float>(), stride, false}});
+        find_argmax();
+    }
+    return std::move(phases_);
+}
+
+void StepBuilder::embed() {
+    const int half = model_.shape_.head_dim / 2, count = rows(), tile = rows_of_tile(count);
+    Model::Activations& a = activations_;
+    const int stride = a.residual.stride + a.cosine.stride + a.sine.stride;
+    const Weights& weights = model_.weights_;
+    const auto compute = [=, plan = plan_, &a, &weights](int chunk, std::byte* scratch) {
+        auto* to = reinterpret_cast<float*>(scratch);
+        for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, to += stride) {
+            const auto row = static_cast<std::size_t>(n);
+            weights.table().read_row(plan->batch.tokens[row], to);
+            float *cosine = to + a.residual.stride, *sine = cosine + a.cosine.stride;
+            for (int i = 0; i < half; ++i) {
+                // The angle is rounded to float32 as in training; cosine and sine are those of float64, rounded once.
+                const float angle = static_cast<float>(plan->position[row]) *
+                                    weights.rotary_frequencies[static_cast<std::size_t>(i)];
+                cosine[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+                sine[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+            }
+        }
+    };
+    const auto commit = [=, &a](int chunk, const std::byte* scratch) {
+        const auto* from = reinterpret_cast<const float*>(scratch);
+        for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, from += stride) {
+            std::copy_n(from, a.residual.width, a.residual.row(n));
+            std::copy_n(from + a.residual.stride, half, a.cosine.row(n));
+            std::copy_n(from + a.residual.stride + a.cosine.stride, half, a.sine.row(n));
+        }
+    };
+    phases_.push_back({(count + tile - 1) / tile, compute, commit});
+}
+
+void StepBuilder::prepare(const FloatPlane& source, const std::vector<int>* listed, const InputPlane& target,
+                          const float* norm, const Hadamard* hadamard, std::vector<const Linear*> readers) {
+    const auto coded =
+        std::find_if(readers.begin(), readers.end(), [](const Linear* linear) { return linear->input_bits < 16; });
+    const Linear* codes = coded == readers.end() ? nullptr : *coded;  // all that read codes read the same
+    const bool floats = std::any_of(readers.begin(), readers.end(),
+                                    [](const Linear* linear) { return linear->input_bits == 16; });
+    if (!codes && &source == &target.floats && !hadamard) return;  // they are there already
+    const int count = listed ? static_cast<int>(listed->size()) : rows(), tile = rows_of_tile(count);
+    const int width = source.width, stride = target.floats.stride;
+    const int padded = (width + kColumnStep - 1) / kColumnStep * kColumnStep;
+    const float eps = model_.shape_.norm_eps;
+    const Kernel& kernel = kernel_;
+    // `listed` belongs to the plan, which the closures keep.
+    const auto compute = [=, plan = plan_, &source, &kernel](int chunk, std::byte* scratch) {
+        auto* room = reinterpret_cast<float*>(scratch + PreparedRow::bytes(stride) * static_cast<std::size_t>(tile));
+        for (int n = chunk * tile, i = 0; n < std::min(count, (chunk + 1) * tile); ++n, ++i) {
+            const PreparedRow row(scratch, i, stride);
+            const float* from = source.row(listed ? (*listed)[static_cast<std::size_t>(n)] : n);
+            if (norm)
+                kernel.rms_norm(from, norm, width, eps, row.floats);
+            else
+                std::copy_n(from, width, row.floats);
+            if (hadamard) kernel.hadamard(hadamard->plan, row.floats, room);
+            if (codes && codes->per_token)
+                kernel.quantize_token(row.floats, width, padded, codes->input_bits, row.codes, row.sum, row.scale);
+            else if (codes)
+                kernel.quantize_static(row.floats, width, padded, codes->input_scale, codes->input_bits, row.codes,
+                                       row.sum, row.scale);
+        }
+    };
+    const auto commit = [=, &target](int chunk, const std::byte* scratch) {
+        for (int n = chunk * tile, i = 0; n < std::min(count, (chunk + 1) * tile); ++n, ++i) {
+            const PreparedRow row = prepared_row(scratch, i, stride);
+            if (floats) std::copy_n(row.floats, width, target.floats.row(n));
+            if (!codes) continue;
+            std::copy_n(row.codes, padded, target.codes_of(n));
+            target.sums.as<std::int32_t>()[n] = *row.sum;
+            target.scales.as<float>()[n] = *row.scale;
+        }
+    };
+    phases_.push_back({(count + tile - 1) / tile, compute, commit});
+}
+
+void StepBuilder::multiply(const InputPlane& input, int count, std::vector<Part> parts) {
+    std::size_t all_bytes = 0;
+    for (const Part& part : parts) all_bytes += part.linear->matrix.bytes() * (part.up ? 2 : 1);
+    std::vector<PanelRun> runs;
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+        const PackedMatrix& matrix = parts[p].linear->matrix;
+        const int step = panels_of_chunk(matrix, all_bytes, count, model_.threads());
+        for (int first = 0; first < matrix.panels(); first += step)
+            runs.push_back({static_cast<int>(p), first, std::min(step, matrix.panels() - first)});
+    }
+    const int chunks = static_cast<int>(runs.size());
+    struct Work {
+        std::vector<Part> parts;
+        std::vector<PanelRun> runs;
+    };
+    const auto work = std::make_shared<const Work>(Work{std::move(parts), std::move(runs)});
+    const Kernel& kernel = kernel_;
+    const auto compute = [=, &input, &kernel](int chunk, std::byte* scratch) {
+        const PanelRun& run = work->runs[static_cast<std::size_t>(chunk)];
+        const Part& part = work->parts[static_cast<std::size_t>(run.part)];
+        auto* y = reinterpret_cast<float*>(scratch);
+        multiply_rows(kernel, *part.linear, input, count, run.first, run.count, y);
+        if (!part.up) return;
+        const int outputs = count * run.count * kLanes;
+        multiply_rows(kernel, *part.up, input, count, run.first, run.count, y + outputs);
+        kernel.swiglu(y, y + outputs, outputs, y);
+    };
+    const auto commit = [=, &kernel](int chunk, const std::byte* scratch) {
+        const PanelRun& run = work->runs[static_cast<std::size_t>(chunk)];
+        const Part& part = work->parts[static_cast<std::size_t>(run.part)];
+        const int first = run.first * kLanes, width = std::min(run.count * kLanes, part.linear->matrix.rows() - first);
+        const auto* y = reinterpret_cast<const float*>(scratch);
+        for (int n = 0; n < count; ++n, y += run.count * kLanes) {
+            float* to = part.out + static_cast<std::size_t>(n) * part.stride + first;
+            if (part.add)
+                kernel.add(y, width, to);
+            else
+                std::copy_n(y, width, to);
+        }
+    };
+    phases_.push_back({chunks, compute, commit});
+}
+
+void StepBuilder::place(int layer) {
+    const Shape& shape = model_.shape_;
+    Model::Activations& a = activations_;
+    const int count = rows(), tile = rows_of_tile(count), width = shape.queries() + shape.keys();
+    const Hadamard* hadamard = model_.weights_.queries_and_keys.plan.base > 0 ? &model_.weights_.queries_and_keys : nullptr;
+    const Kernel& kernel = kernel_;
+    const auto compute = [=, &a, &kernel](int chunk, std::byte* scratch) {
+        auto* row = reinterpret_cast<float*>(scratch);
+        float* room = row + static_cast<std::size_t>(tile) * static_cast<std::size_t>(width);
+        for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, row += width) {
+            std::copy_n(a.queries.row(n), shape.queries(), row);
+            std::copy_n(a.keys.row(n), shape.keys(), row + shape.queries());
+            for (float* head = row; head < row + width; head += shape.head_dim) {
+                kernel.rotate(head, a.cosine.row(n), a.sine.row(n), shape.head_dim);
+                if (hadamard) kernel.hadamard(hadamard->plan, head, room);
+            }
+        }
+    };
+    const KvCache& cache = model_.cache_;
+    const auto commit = [=, plan = plan_, &a, &kernel, &cache](int chunk, const std::byte* scratch) {
+        const auto* row = reinterpret_cast<const float*>(scratch);
+        for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, row += width) {
+            std::copy_n(row, shape.queries(), a.queries.row(n));
+            const int position = plan->position[static_cast<std::size_t>(n)];
+            const Slice& slice = plan->batch.slices[static_cast<std::size_t>(plan->slice_of[static_cast<std::size_t>(n)])];
+            const auto block = static_cast<std::size_t>(slice.block_table[static_cast<std::size_t>(position / kLanes)]);
+            for (int head = 0; head < shape.kv_heads; ++head)
+                kernel.write_kv(cache.layout(), cache.tiles(layer, head) + block * cache.block_stride(),
+                                position % kLanes, row + shape.queries() + head * shape.head_dim,
+                                a.values.row(n) + head * shape.head_dim);
+        }
+    };
+    phases_.push_back({(count + tile - 1) / tile, compute, commit});
+}
+
+void StepBuilder::attend(int layer) {
+    const Shape& shape = model_.shape_;
+    Model::Activations& a = activations_;
+    const int group = shape.heads / shape.kv_heads, channels = group * shape.head_dim;
+    const Kernel& kernel = kernel_;
+    const KvCache& cache = model_.cache_;
+    const auto compute = [=, plan = plan_, &a, &kernel, &cache](int chunk, std::byte* scratch) {
+        const AttentionTile& tile = plan->tiles[static_cast<std::size_t>(chunk)];
+        const Slice& slice = plan->batch.slices[static_cast<std::size_t>(tile.slice)];
+        auto* out = reinterpret_cast<float*>(scratch);
+        const auto outputs = static_cast<std::size_t>(tile.tokens * tile.heads * channels);
+        float* room = out + (outputs + kLanes - 1) / kLanes * kLanes;
+        for (int i = 0; i < tile.heads; ++i) {
+            const int head = tile.head + i;
+            kernel.attend({&cache.layout(), cache.tiles(layer, head), cache.block_stride(), slice.block_table.data(),
+                           tile.tokens, tile.first, group, a.queries.row(tile.row) + head * channels,
+                           out + i * channels, static_cast<std::size_t>(a.queries.stride),
+                           static_cast<std::size_t>(tile.heads * channels), room});
+        }
+    };
+    const auto commit = [=, plan = plan_, &a](int chunk, const std::byte* scratch) {
+        const AttentionTile& tile = plan->tiles[static_cast<std::size_t>(chunk)];
+        const auto* out = reinterpret_cast<const float*>(scratch);
+        const int width = tile.heads * channels;
+        for (int n = 0; n < tile.tokens; ++n, out += width)
+            std::copy_n(out, width, a.attended.floats.row(tile.row + n) + tile.head * channels);
+    };
+    phases_.push_back({static_cast<int>(plan_->tiles.size()), compute, commit});
+}
+
+void StepBuilder::find_argmax() {
+    const int width = model_.shape_.vocabulary;
+    const float* logits = model_.logits_.as<float>();
+    std::int32_t* tokens = model_.argmax_.data();
+    const Kernel& kernel = kernel_;
+    const auto compute = [=, &kernel](int row, std::byte* scratch) {
+        *reinterpret_cast<std::int32_t*>(scratch) =
+            kernel.argmax(logits + static_cast<std::size_t>(row) * static_cast<std::size_t>(width), width);
+    };
+    const auto commit = [=](int row, const std::byte* scratch) {
+        tokens[row] = *reinterpret_cast<const std::int32_t*>(scratch);
+    };
+    phases_.push_back({logit_rows(), compute, commit});
+}
+
+}  // namespace osp
