@@ -12,6 +12,7 @@ from quant.arithmetic import NonFiniteError
 from quant.llama import CheckpointError
 from quant.scheme import SchemeError
 from quant.text import TextError
+from runtime.engine.native_library import KernelError, NativeLibraryError
 from runtime.engine.registry import UnknownEngineError
 from runtime.evaluate import NothingToScoreError
 from runtime.model_store import ModelNotFoundError
@@ -22,7 +23,9 @@ ENTRY_POINT_GROUP = "osp.commands"
 
 USER_ERRORS = (
     CheckpointError,
+    KernelError,
     ModelNotFoundError,
+    NativeLibraryError,
     NonFiniteError,
     NothingToScoreError,
     SchemeError,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -19,10 +18,10 @@ from quant.format import CheckpointReader, QuantizedLinear, QuantizedWeight, Ten
 from quant.hadamard import Hadamard, base_matrix
 from quant.llama import CheckpointError, LlamaConfig
 from quant.scheme import LINEAR_SITES
-from runtime.engine.base import EngineInfo, SequenceSlice, StepLogits
 from runtime.engine.array_logits import ArrayLogits
+from runtime.engine.base import EngineInfo, SequenceSlice, StepLogits
 from runtime.engine.kv_capacity import default_num_blocks
-from runtime.engine.native_library import load_library
+from runtime.engine.native_library import KernelError, load_library
 
 MAX_ROWS = 512
 """Tokens that one call of `Model.step` computes at most: what its activations take memory for."""
@@ -55,9 +54,13 @@ class NativeRunner:
         Raises:
             CheckpointError: it is not a usable checkpoint, or there is not memory enough for one context.
             NativeLibraryError: the extension is not built, or does not load.
-            ValueError: there is no such kernel.
+            KernelError: this processor runs no such kernel.
         """
         library = load_library()
+        if kernel and kernel not in library.available_kernels():
+            raise KernelError(
+                f"no kernel {kernel!r} here; this processor runs: {', '.join(library.available_kernels())}"
+            )
         reader = CheckpointReader(path)
         config, kv_bits = reader.config, reader.scheme.kv_bits if reader.scheme else 16
         self._block_size: int = library.BLOCK_SIZE
@@ -69,7 +72,7 @@ class NativeRunner:
         self.num_blocks = num_blocks
         try:
             self._model = library.Model(
-                **_shape(config),
+                **model_shape(config),
                 kv_bits=kv_bits,
                 kv_blocks=num_blocks,
                 max_positions=min(config.max_position_embeddings, num_blocks * self._block_size),
@@ -156,7 +159,8 @@ class NativeLogits:
         return view
 
 
-def _shape(config: LlamaConfig) -> dict[str, Any]:
+def model_shape(config: LlamaConfig) -> dict[str, Any]:
+    """The sizes that `Model` is made with."""
     return {
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
@@ -184,9 +188,9 @@ def _load(model: Any, reader: CheckpointReader, kv_bits: int) -> None:
     model.set_final_norm(_float32(reader.norm("model.norm.weight")))
     model.set_rotary_frequencies(rotary_frequencies(config))
     if reader.scheme is not None and reader.scheme.hadamard != "none":
-        model.set_ffn_hadamard(**_transform(config.intermediate_size))
+        model.set_ffn_hadamard(**hadamard_settings(config.intermediate_size))
     if kv_bits == 4:
-        model.set_head_hadamard(**_transform(config.head_dim))
+        model.set_head_hadamard(**hadamard_settings(config.head_dim))
     model.check_weights()
 
 
@@ -219,7 +223,8 @@ def _stored(weight: Tensor | QuantizedWeight) -> dict[str, Any]:
     return {"format": "float32", "values": _float32(weight)}  # float16 too, exactly
 
 
-def _transform(width: int) -> dict[str, Any]:
+def hadamard_settings(width: int) -> dict[str, Any]:
+    """`Hadamard.of_width(width)` as `Model` takes it."""
     transform = Hadamard.of_width(width)
     signs = base_matrix(transform.base)
     return {"blocks": transform.blocks, "base": transform.base, "power": transform.power, "signs": signs}

@@ -10,6 +10,10 @@ class NativeLibraryError(ImportError):
     """The extension `runtime.native._osp` is not there, or does not load; the message says why and what to do."""
 
 
+class KernelError(ValueError):
+    """No kernel of that name, or none that this processor runs; the message lists those it does."""
+
+
 def load_library() -> Any:
     """The module `runtime.native._osp`.
 

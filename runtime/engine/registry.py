@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from quant.format import read_checkpoint
 from runtime.engine.base import Engine, ModelRunner
 from runtime.engine.local import LocalEngine
+from runtime.engine.native import NativeRunner
+from runtime.engine.native_library import NativeLibraryError, load_library
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.scheduler import SchedulerLimits
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "reference")
+ENGINES = ("auto", "native", "reference")
 """The names that `load_engine` knows; `auto` chooses among the others."""
 
 
@@ -25,21 +28,52 @@ class UnknownEngineError(ValueError):
         super().__init__(f"this release has no engine {name!r}; it has: {', '.join(known)}")
 
 
-def load_engine(name: str, path: Path, limits: SchedulerLimits | None = None) -> Engine:
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to run an engine that computes on this machine; the reference engine has no use for them.
+
+    Attributes:
+        threads: 0 for as many as the process may use (affinity mask and cgroup quota).
+        kernel: one of `osp bench kernel`'s; empty for the best that the processor runs.
+    """
+
+    threads: int = 0
+    kernel: str = ""
+
+
+def load_engine(
+    name: str, path: Path, limits: SchedulerLimits | None = None, options: EngineOptions | None = None
+) -> Engine:
     """Starts the engine called `name` on the checkpoint directory `path`.
 
     Raises:
         UnknownEngineError: no such engine; raised before anything is read.
+        NativeLibraryError: the native engine is asked for by name, and is not built.
         CheckpointError: `path` is not a usable checkpoint.
+        KernelError: the options name a kernel that this processor does not run.
     """
-    return LocalEngine(load_runner(name, path), limits)
+    return LocalEngine(load_runner(name, path, options), limits)
 
 
-def load_runner(name: str, path: Path) -> ModelRunner:
+def load_runner(name: str, path: Path, options: EngineOptions | None = None) -> ModelRunner:
     """The bare `ModelRunner` of the engine called `name`, for work without a scheduler; errors as `load_engine`."""
     if name not in ENGINES:
         raise UnknownEngineError(name)
-    checkpoint = read_checkpoint(path)
     if name == "auto":
-        log.info("engine auto: reference runs %s, it being the only engine of this release", path)
-    return ReferenceRunner(checkpoint)
+        name = _choose(path)
+    if name == "reference":
+        return ReferenceRunner(read_checkpoint(path))
+    options = options or EngineOptions()
+    runner = NativeRunner(path, threads=options.threads, kernel=options.kernel)
+    log.info("native engine: kernel %s, %d threads", runner.kernel, runner.threads)
+    return runner
+
+
+def _choose(path: Path) -> str:
+    try:
+        load_library()
+    except NativeLibraryError as error:
+        log.warning("engine auto: the slow reference engine runs %s, since %s", path, error)
+        return "reference"
+    log.info("engine auto: native runs %s", path)
+    return "native"

@@ -10,7 +10,7 @@ from typing import Any
 
 from quant.format import read_config, read_provenance
 from runtime.engine.base import Engine
-from runtime.engine.registry import load_engine
+from runtime.engine.registry import EngineOptions, load_engine
 from runtime.engine.scheduler import SchedulerLimits
 from runtime.model_store import recorded_quality, resolve_model
 from runtime.server.errors import ApiError, shortened
@@ -57,7 +57,8 @@ def load_model(settings: ServerSettings, telemetry: Telemetry) -> ServedModel:
     """Finds, reads and starts the model that the settings name. Takes as long as reading its weights.
 
     Raises:
-        ModelNotFoundError, CheckpointError, TokenizerError, UnknownEngineError: it does not exist or cannot be used.
+        ModelNotFoundError, CheckpointError, TokenizerError, UnknownEngineError, NativeLibraryError, KernelError: it does
+            not exist or cannot be used.
     """
     path = resolve_model(settings.model)
     name = settings.served_model_name or _short_name(settings.model, path)
@@ -65,7 +66,11 @@ def load_model(settings: ServerSettings, telemetry: Telemetry) -> ServedModel:
     quality = recorded_quality(read_provenance(path))
     tokenizer = Tokenizer.load(path)
     # Last, when nothing else can fail: the engine starts a thread, which somebody would have to end.
-    engine = load_engine(settings.engine, path, SchedulerLimits(max_waiting=settings.max_waiting))
+    limits, options = (
+        SchedulerLimits(max_waiting=settings.max_waiting),
+        EngineOptions(settings.threads, settings.kernel),
+    )
+    engine = load_engine(settings.engine, path, limits, options)
     scheme = (quantization or {}).get("scheme")
     return ServedModel(name, engine, tokenizer, telemetry, scheme=scheme, quality=quality)
 

@@ -31,6 +31,10 @@ class ServerSettings(BaseSettings):
         description=f"A directory, a Hugging Face name, or a bundled model ({', '.join(BUNDLED_MODELS)}).",
     )
     engine: str = Field("auto", description=f"What runs the model: {', '.join(ENGINES)}.")
+    threads: int = Field(
+        0, ge=0, le=1024, description="Threads of the native engine; 0 for as many as the process may use."
+    )
+    kernel: str = Field("", description="The native engine's kernel, of those that osp bench kernel lists.")
     # An empty host would mean every address.
     host: str = Field(
         "127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 opens the server to the network."

@@ -13,6 +13,7 @@
 
 #include "kernels.hpp"
 #include "model.hpp"
+#include "product_timer.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -206,6 +207,16 @@ NB_MODULE(_osp, module) {
             return osp::KvCache(layers, heads, channels, bits, 1).bytes();
         },
         "layers"_a, "heads"_a, "channels"_a, "bits"_a);
+    module.def(
+        "time_product",
+        [](const std::string& kernel, const std::string& format, int rows, int outputs, int columns, int threads,
+           double seconds) {
+            const osp::Kernel& chosen = osp::find_kernel(kernel);
+            const osp::Format layout = osp::format_of(format);
+            const nb::gil_scoped_release release;
+            return osp::time_product(chosen, layout, rows, outputs, columns, threads, seconds);
+        },
+        "kernel"_a, "format"_a, "rows"_a, "outputs"_a, "columns"_a, "threads"_a, "seconds"_a);
     osp::bind_model(module);
     osp::bind_kernels(module);
 }
