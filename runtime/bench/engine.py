@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def measure_engine(bench: EngineBench, limits: Limits, rounds: int) -> dict[str,
     `decode_share`: bytes that a step at batch 1 must read, over what the machine reads in that time; `prefill_share`:
     multiplications and additions of a prompt of 512 tokens over those of the machine's dot products.
     """
-    decode = {str(batch): _median(lambda batch=batch: _decode(bench, batch), rounds) for batch in DECODE_BATCHES}
+    decode = {str(batch): _median(partial(_decode, bench, batch), rounds) for batch in DECODE_BATCHES}
     prefill = _median(bench.prefill, rounds)
     operations = 2 * sum(rows * columns for rows, columns in bench.config.linear_shapes().values())
     return {

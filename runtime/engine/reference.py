@@ -22,19 +22,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from quant.format import Checkpoint
-from quant.llama import CheckpointError
 from quant.scheme import LINEAR_SITES
 from quant.weights import QuantizedWeight
 from runtime.engine.array_logits import ArrayLogits
 from runtime.engine.base import EngineInfo, SequenceSlice
+from runtime.engine.kv_capacity import default_num_blocks, too_long
 from runtime.engine.reference_cache import PagedCache
 from runtime.engine.reference_layers import Floats, RMSNorm, Rotary, embedding, hadamard, linear, silu, widened
-
-KV_CACHE_CONTEXTS, KV_CACHE_BYTES = 32, 2**30
-"""By default the cache holds so many full contexts, or as many as fit into so many bytes, and at least one."""
-
-KV_CACHE_MOST_BYTES = 2**35
-"""A context whose keys and values take more than this is refused."""
 
 
 class ReferenceRunner:
@@ -44,8 +38,18 @@ class ReferenceRunner:
     exact. What the scheme quantizes is computed as `quant.arithmetic` says.
     """
 
-    def __init__(self, checkpoint: Checkpoint, num_blocks: int | None = None, block_size: int = 16) -> None:
-        """`num_blocks` KV blocks of `block_size` positions; how many by default: see `KV_CACHE_CONTEXTS`.
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        num_blocks: int | None = None,
+        block_size: int = 16,
+        kv_float: type[np.generic] = np.float32,
+    ) -> None:
+        """`num_blocks` KV blocks of `block_size` positions; how many by default: see `default_num_blocks`.
+
+        Args:
+            kv_float: what keys and values of 16 bits are held in. float32 is wider than the scheme asks for, so that
+                full precision can be held to an oracle in float32; an engine that holds bfloat16 compares with that.
 
         Raises:
             CheckpointError: there is not memory enough for the KV cache of one context.
@@ -62,12 +66,13 @@ class ReferenceRunner:
         self._rotary = Rotary(config)
         kv_bits = checkpoint.scheme.kv_bits if checkpoint.scheme else 16
         self._qk_rotation = hadamard(config.head_dim) if kv_bits == 4 else None
+        position_bytes = PagedCache(config, kv_bits, 1, 1, kv_float).nbytes
         if num_blocks is None:
-            num_blocks = _default_num_blocks(checkpoint, kv_bits, block_size)
+            num_blocks = default_num_blocks(checkpoint.path, config, block_size * position_bytes, block_size)
         try:
-            self._cache = PagedCache(config, kv_bits, num_blocks, block_size)
+            self._cache = PagedCache(config, kv_bits, num_blocks, block_size, kv_float)
         except (MemoryError, ValueError):  # numpy raises ValueError for what no machine could address
-            raise _too_long(checkpoint, kv_bits, num_blocks * block_size) from None
+            raise too_long(checkpoint.path, num_blocks * block_size, position_bytes) from None
 
     @property
     def info(self) -> EngineInfo:
@@ -152,20 +157,3 @@ def _attend(q_HC: Floats, keys_PGC: Floats, values_PGC: Floats) -> Floats:
     weights_GRP /= weights_GRP.sum(axis=-1, keepdims=True)
     attended_GRC: Floats = np.einsum("grp,pgc->grc", weights_GRP, values_PGC, order="C")
     return attended_GRC.reshape(q_HC.shape)
-
-
-def _default_num_blocks(checkpoint: Checkpoint, kv_bits: int, block_size: int) -> int:
-    blocks_per_context = -(-checkpoint.config.max_position_embeddings // block_size)
-    bytes_per_block = PagedCache(checkpoint.config, kv_bits, 1, block_size).nbytes
-    if blocks_per_context * bytes_per_block > KV_CACHE_MOST_BYTES:
-        raise _too_long(checkpoint, kv_bits, blocks_per_context * block_size)
-    return max(blocks_per_context, min(KV_CACHE_CONTEXTS * blocks_per_context, KV_CACHE_BYTES // bytes_per_block))
-
-
-def _too_long(checkpoint: Checkpoint, kv_bits: int, positions: int) -> CheckpointError:
-    gibibytes = positions * PagedCache(checkpoint.config, kv_bits, 1, 1).nbytes / 2**30
-    return CheckpointError(
-        checkpoint.path,
-        f"a KV cache for {positions} positions takes {gibibytes:.1f} GiB, more than there is; "
-        "lower max_position_embeddings in config.json",
-    )

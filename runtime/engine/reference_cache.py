@@ -25,18 +25,25 @@ Rows = tuple[int, BlockTable, NDArray[np.integer]]
 class PagedCache:
     """Keys and values as [layers, blocks, block_size, G, …].
 
-    At 16 bits they are held in float32, wider than the scheme asks for: full precision is held to a float32 oracle.
+    At 16 bits they are held in `kv_float`, and read as float32.
     At 8 and 4 bits they are codes, and for each token and head a bfloat16 scale and a zero point. A token's keys and
     values are quantized once, when they are written; the token itself reads what was written, as all later ones do,
     so that it does not matter how a prompt was cut.
     """
 
-    def __init__(self, config: LlamaConfig, kv_bits: int, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        kv_bits: int,
+        num_blocks: int,
+        block_size: int,
+        kv_float: type[np.generic] = np.float32,
+    ) -> None:
         """Raises `MemoryError` or `ValueError` (numpy's) where there is no memory for it."""
         self.num_blocks, self.block_size = num_blocks, block_size
         heads = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads)
         self._keys, self._values = (
-            _Floats(heads, config.head_dim) if kv_bits == 16 else _Codes(heads, config.head_dim, kv_bits)
+            _Floats(heads, config.head_dim, kv_float) if kv_bits == 16 else _Codes(heads, config.head_dim, kv_bits)
             for _ in range(2)
         )
 
@@ -62,18 +69,18 @@ class PagedCache:
 
 
 class _Floats:
-    """Keys or values in float32."""
+    """Keys or values as floats."""
 
-    def __init__(self, heads: tuple[int, ...], head_dim: int) -> None:
+    def __init__(self, heads: tuple[int, ...], head_dim: int, dtype: type[np.generic]) -> None:
         # zeros, not empty, costs nothing: the system maps a page when it is first written.
-        self._values = np.zeros((*heads, head_dim), np.float32)
+        self._values = np.zeros((*heads, head_dim), dtype)
         self.arrays: tuple[NDArray[Any], ...] = (self._values,)
 
     def write(self, at: Rows, x_LGC: Floats) -> None:
         self._values[at] = x_LGC
 
     def read(self, layer: int, table: BlockTable, end: int) -> Floats:
-        return _gathered(self._values, layer, table, end)
+        return np.asarray(_gathered(self._values, layer, table, end), np.float32)
 
 
 class _Codes:

@@ -57,8 +57,8 @@ def load_model(settings: ServerSettings, telemetry: Telemetry) -> ServedModel:
     """Finds, reads and starts the model that the settings name. Takes as long as reading its weights.
 
     Raises:
-        ModelNotFoundError, CheckpointError, TokenizerError, UnknownEngineError, NativeLibraryError, KernelError: it does
-            not exist or cannot be used.
+        ModelNotFoundError, CheckpointError, TokenizerError: it does not exist or cannot be used.
+        UnknownEngineError, NativeLibraryError, KernelError: see `load_engine`.
     """
     path = resolve_model(settings.model)
     name = settings.served_model_name or _short_name(settings.model, path)

@@ -141,11 +141,9 @@ def test_a_context_beyond_memory_is_refused(full_precision: Checkpoint, num_bloc
 
 
 def test_default_cache_holds_at_least_a_context(full_precision: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    import runtime.engine.reference as reference
-
     context = full_precision.config.max_position_embeddings
     assert ReferenceRunner(full_precision, block_size=7).num_blocks == 32 * -(-context // 7)
-    monkeypatch.setattr(reference, "KV_CACHE_BYTES", 1)
+    monkeypatch.setattr("runtime.engine.kv_capacity.BYTES", 1)
     assert ReferenceRunner(full_precision, block_size=7).num_blocks == -(-context // 7)
 
 

@@ -134,7 +134,7 @@ def test_the_cache_holds_codes_and_three_bytes_a_head(
     bytes_per_position = 3 * 2 * 2 * bytes_per_head
     assert PagedCache(config, kv_bits, 5, 7).nbytes == 5 * 7 * bytes_per_position
     # So many more positions fit into the same memory.
-    monkeypatch.setattr("runtime.engine.reference.KV_CACHE_BYTES", 100_000)
+    monkeypatch.setattr("runtime.engine.kv_capacity.BYTES", 100_000)
     sizes = {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 6}
     checkpoint = read_checkpoint(write_4bit(tmp_path, scheme=named("w4a4").changed(kv_bits=kv_bits), **sizes))
     assert ReferenceRunner(checkpoint, block_size=7).num_blocks == 100_000 // (7 * bytes_per_position)
