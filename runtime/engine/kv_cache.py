@@ -38,7 +38,7 @@ class BlockPool:
     @property
     def usage(self) -> float:
         """The share of blocks that have an owner, 0 to 1."""
-        return 1 - self.num_free / self.num_blocks
+        return (self.num_blocks - self.num_free) / self.num_blocks
 
     def blocks_for(self, positions: int) -> int:
         """How many blocks hold so many positions."""
