@@ -141,7 +141,7 @@ class LlamaCpp:
 
 def main() -> None:
     """Serves measurements of llama.cpp; writes its file first, if there is none."""
-    options = arguments("llama.cpp, Q4_0")
+    options = arguments("llama.cpp, Q4_0").parse_args()
     file = options.directory / f"{options.shape}-q4_0.gguf"
     if not file.exists():
         write_random_gguf(file, preset(options.shape).model, CONTEXT_LENGTH)

@@ -106,7 +106,7 @@ def write_graph(path: Path, model: ModelConfig) -> None:
 
 def main() -> None:
     """Serves measurements of ONNX Runtime; writes its graph first, if there is none."""
-    options = arguments("ONNX Runtime, MatMulNBits, matrix products alone")
+    options = arguments("ONNX Runtime, MatMulNBits, matrix products alone").parse_args()
     model = preset(options.shape).model
     graph = options.directory / f"{options.shape}.onnx"
     if not graph.exists():

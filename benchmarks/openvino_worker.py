@@ -42,8 +42,10 @@ def _chain(model: ModelConfig) -> ov.Model:
     rng = np.random.default_rng(0)
 
     def product(x: ov.Node, matrix: Matrix) -> ov.Node:
-        packed = random_nibbles(rng, matrix.N * matrix.K // 2, zero=0)
-        codes = ops.constant(ov.Tensor(packed, ov.Shape([matrix.N, matrix.K]), ov.Type.i4))
+        # The tensor owns its memory. One around a numpy array would not: the constant outlives that array.
+        codes_NK = ov.Tensor(ov.Type.i4, ov.Shape([matrix.N, matrix.K]))
+        codes_NK.data[:] = random_nibbles(rng, matrix.N * matrix.K // 2, zero=0).reshape(codes_NK.data.shape)
+        codes = ops.constant(codes_NK)
         scale = ops.constant(np.full((matrix.N, 1), matrix.scale, np.float32))
         return ops.matmul(x, ops.multiply(ops.convert(codes, np.float32), scale), False, True)
 
@@ -64,7 +66,7 @@ def _chain(model: ModelConfig) -> ov.Model:
 
 def main() -> None:
     """Serves measurements of OpenVINO."""
-    options = arguments("OpenVINO, int4, matrix products alone")
+    options = arguments("OpenVINO, int4, matrix products alone").parse_args()
     model = preset(options.shape).model
     about = {"engine": "OpenVINO", "version": ov.get_version(), "weights": "int4, a scale an output channel"}
     serve(lambda: ProductBench(OpenVinoProducts(model, options.threads), model.hidden_size), about)

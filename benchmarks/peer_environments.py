@@ -107,6 +107,6 @@ PEERS = {
             whole_model=False,
             requirements=("onnxruntime==1.31.1", "onnx==1.23.2", NUMPY),
         ),
-        Peer("osp-bf16", OURS.module, whole_model=True, options=("--precision", "bf16")),
+        Peer("osp-bf16", OURS.module, whole_model=True, options=("--precision", "bfloat16")),
     )
 }

@@ -33,7 +33,7 @@ from benchmarks.neighbour import NeighbourError
 from benchmarks.peer_environments import OURS, PEERS, InstallError, Peer
 from benchmarks.worker_process import WorkerError, WorkerProcess
 from benchmarks.workloads import Row, rows_named
-from trainer.config import PRESETS
+from runtime.bench.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "peers"
@@ -94,7 +94,7 @@ def _rows_named(_context: click.Context, _parameter: click.Parameter, value: str
 
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON file to write.")
-@click.option("--shape", type=click.Choice(list(PRESETS)), default="1.4b", show_default=True)
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="1.4b", show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="For every engine.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--peers", callback=_peers_named, default="llama.cpp,openvino,onnxruntime", show_default=True)

@@ -54,14 +54,13 @@ class UnsupportedError(ValueError):
     """The engine does not do what is asked for; the message says what."""
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str) -> argparse.ArgumentParser:
     """What every worker is started with: `--shape`, `--threads`, and `--directory`, where it may keep files."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shape", required=True, help="a preset of trainer.config")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--directory", type=Path, required=True, help="where files may be kept between runs")
-    parser.add_argument("--precision", default="w4a4-kv4", help="of the native engine; the peers are all int4")
-    return parser.parse_args()
+    return parser
 
 
 def serve(load: Callable[[], Bench], about: Mapping[str, str]) -> None:

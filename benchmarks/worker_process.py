@@ -85,23 +85,28 @@ class WorkerProcess:
 
     def rss_mb(self) -> float:
         """Memory that the process holds now, in 10^6 bytes; pages of mapped files count."""
-        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1])
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     def cpu_s(self) -> float:
         """Processor time that all its threads used so far, in seconds."""
         # The name, in brackets, may hold spaces; user and system time are the 12th and 13th field behind it.
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def close(self) -> None:
-        """Ends the process: by the end of its input, or by force if that takes over ten seconds."""
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def close(self, patience_s: float = 10.0) -> None:
+        """Ends the process: by the end of its input, or by force if that takes longer than `patience_s` seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.send_signal(signal.SIGCONT)
         try:
-            self._process.wait(10)
+            self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
