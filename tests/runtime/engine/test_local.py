@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from local_clients import VOCABULARY, CountingRunner, collect, eventually, idle, request, running
+from history_runner import HistoryRunner
+from local_clients import CountingRunner, collect, eventually, idle, request, running
+from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
 from quant.format import Checkpoint
+from runtime.engine.array_logits import ArrayLogits
 from runtime.engine.base import (
     FinishReason,
     GenerationRequest,
@@ -77,18 +81,10 @@ def test_twenty_at_once_equal_one_by_one(quantized: Checkpoint, limits: dict[str
     ("wrong", "message"),
     [
         (request("x", ()), "empty"),
-        (request("x", (1, VOCABULARY)), "token id 50, which is outside"),
-        (request("x", (-1,)), "token id -1, which is outside"),
-        (request("x", max_tokens=0), "max_tokens must be at least 1"),
-        (request("x", max_tokens=198), "exceed the context of 200"),
-        (request("x", temperature=-1), "temperature"),
-        (request("x", temperature=float("nan")), "temperature"),
-        (request("x", temperature=float("inf")), "temperature"),
-        (request("x", top_p=0), "top_p"),
-        (request("x", top_p=1.01), "top_p"),
         (request("live"), "'live' is running already"),
+        (GenerationRequest("x", (1,), SamplingParams(max_tokens=1), n=33), "n is 33; this engine runs 32"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["empty", "live", "many"],
 )
 def test_a_bad_request_is_refused_and_harms_nobody(wrong: GenerationRequest, message: str) -> None:
     async def main() -> None:
@@ -99,6 +95,67 @@ def test_a_bad_request_is_refused_and_harms_nobody(wrong: GenerationRequest, mes
                 await anext(engine.generate(wrong))
             assert len([chunk async for chunk in live]) == 99
             await engine.check_health()
+
+    asyncio.run(main())
+
+
+def test_the_stream_of_several_sequences_ends_with_the_last() -> None:
+    async def main() -> None:
+        async with running(HistoryRunner(64)) as engine:
+            # Each child ends at a token of its own accord.
+            stops = frozenset(range(4))
+            wanted = GenerationRequest("a", (1, 2, 3), SamplingParams(60, seed=1, stop_token_ids=stops), n=4)
+            chunks = [chunk async for chunk in engine.generate(wanted)]
+            assert idle(engine)
+        children = [[chunk for chunk in chunks if chunk.index == index] for index in range(4)]
+        assert len({len(child) for child in children}) > 1
+        for child in children:
+            assert [chunk.finish_reason for chunk in child] == [None] * (len(child) - 1) + [FinishReason.STOP]
+            assert child[-1].token_ids[0] in stops
+
+    asyncio.run(main())
+
+
+def test_the_second_time_a_prompt_is_cached() -> None:
+    async def main() -> None:
+        async with running(HistoryRunner(64)) as engine:
+            for name, cached in (("a", 0), ("b", 8)):
+                wanted = request(name, range(10), max_tokens=3, temperature=0)
+                chunks = [chunk async for chunk in engine.generate(wanted)]
+                assert [chunk.cached_tokens for chunk in chunks] == [cached, 0, 0]
+            assert (engine.stats().prefix_cache_queries, engine.stats().prefix_cache_hits) == (20, 8)
+
+    asyncio.run(main())
+
+
+class WatchedLogits(ArrayLogits):
+    """Counts how often its rows are asked for."""
+
+    asked = 0
+
+    def rows(self) -> NDArray[np.float32]:
+        WatchedLogits.asked += 1
+        return super().rows()
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, 0),
+        ({"seed": 5, "top_p": 0.5, "stop_token_ids": frozenset({49})}, 0),
+        ({"logprobs": 0}, 5),
+        ({"min_tokens": 2}, 0),
+    ],
+)
+def test_plain_greedy_decoding_never_looks_at_the_logits(settings: dict[str, Any], asked: int) -> None:
+    async def main() -> None:
+        runner = CountingRunner()
+        step = runner.step
+        runner.step = lambda batch: WatchedLogits(step(batch).rows())  # type: ignore[method-assign]
+        WatchedLogits.asked = 0
+        async with running(runner) as engine:
+            assert (await collect(engine, request("a", temperature=0, **settings)))[0] == [4, 5, 6, 7, 8]
+        assert WatchedLogits.asked == asked
 
     asyncio.run(main())
 

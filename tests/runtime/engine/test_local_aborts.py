@@ -9,7 +9,7 @@ import time
 import pytest
 from local_clients import CountingRunner, collect, eventually, idle, request, running
 
-from runtime.engine.base import (
+from runtime.engine.base import FinishReason, GenerationRequest, SamplingParams
     FinishReason,
 )
 from runtime.engine.local import LocalEngine
@@ -93,3 +93,40 @@ def test_a_client_whose_event_loop_is_gone_is_dropped() -> None:
 
     asyncio.run(main())
     del stream
+
+
+def test_one_of_several_sequences_is_aborted() -> None:
+    async def main() -> None:
+        async with running(CountingRunner(lambda batch: time.sleep(0.002))) as engine:
+            wanted = GenerationRequest("a", (1, 2, 3), SamplingParams(max_tokens=20, temperature=0), n=3)
+            ends: list[tuple[int, FinishReason]] = []
+            tokens = [0, 0, 0]
+            async for chunk in engine.generate(wanted):
+                tokens[chunk.index] += len(chunk.token_ids)
+                if chunk.finish_reason is not None:
+                    ends.append((chunk.index, chunk.finish_reason))
+                if sum(tokens) == 9:
+                    await engine.abort("a", 1)
+                    await engine.abort("a", 1)
+                    await engine.abort("a", 3)
+            assert ends == [(1, FinishReason.ABORT), (0, FinishReason.LENGTH), (2, FinishReason.LENGTH)]
+            assert tokens[1] < tokens[0] == tokens[2] == 20
+            assert idle(engine)
+
+    asyncio.run(main())
+
+
+def test_abort_of_all_sequences_tells_each() -> None:
+    async def main() -> None:
+        async with running(CountingRunner(lambda batch: time.sleep(0.002))) as engine:
+            wanted = GenerationRequest("a", (1, 2, 3), SamplingParams(max_tokens=100), n=3)
+            ended = set()
+            async for chunk in engine.generate(wanted):
+                await engine.abort("a")
+                if chunk.finish_reason is not None:
+                    assert chunk.finish_reason is FinishReason.ABORT
+                    ended.add(chunk.index)
+            assert ended == {0, 1, 2}
+            assert idle(engine)
+
+    asyncio.run(main())

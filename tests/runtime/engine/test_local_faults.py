@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
+from history_runner import HistoryRunner
 from local_clients import CountingRunner, collect, eventually, idle, request, running
 
 from runtime.engine.base import (
@@ -15,6 +16,8 @@ from runtime.engine.base import (
     EngineDeadError,
     FinishReason,
     GenerationError,
+    GenerationRequest,
+    SamplingParams,
     SequenceSlice,
 )
 from runtime.engine.local import LocalEngine
@@ -110,5 +113,65 @@ def test_shutdown_waits_for_no_other_work_of_the_process() -> None:
         finally:
             release.set()
         await asyncio.gather(*others)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("where", ["step", "copy_blocks"])
+def test_a_step_that_hangs_is_seen_and_does_not_hang_the_shutdown(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+
+    async def main() -> None:
+        runner = HistoryRunner(64)
+        work = getattr(runner, where)
+        setattr(runner, where, lambda *arguments: (release.wait(20), work(*arguments))[1])
+        engine = LocalEngine(runner, SchedulerLimits(step_timeout_s=0.2))
+        await engine.check_health()
+        wanted = GenerationRequest("a", (1, 2, 3), SamplingParams(max_tokens=5), n=2)
+        client = asyncio.create_task(collect(engine, wanted))
+        await asyncio.sleep(0.1)
+        await engine.check_health()
+        await asyncio.sleep(0.3)
+        with pytest.raises(EngineDeadError, match=r"has taken 0\.\d s, more than step_timeout_s of 0\.2 s"):
+            await engine.check_health()
+        async with asyncio.timeout(10):
+            await engine.shutdown(0)
+        assert (await client)[1] is FinishReason.ABORT
+        assert "hangs; its thread is left behind" in caplog.text
+        with pytest.raises(EngineDeadError, match="its last step hangs"):
+            await engine.check_health()
+        release.set()
+        await eventually(lambda: not any(t.name.startswith("osp-engine") for t in threading.enumerate()))
+
+    asyncio.run(main())
+
+
+def test_steps_that_take_long_together_are_healthy() -> None:
+    async def main() -> None:
+        async with running(CountingRunner(lambda batch: time.sleep(0.02)), step_timeout_s=0.3) as engine:
+            client = asyncio.create_task(collect(engine, request("a", max_tokens=30)))
+            while not client.done():
+                await engine.check_health()
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.4)
+            await engine.check_health()  # idle for longer than a step may take
+
+    asyncio.run(main())
+
+
+def test_a_guide_that_fails_fails_its_own_request_only() -> None:
+    class Broken:
+        def allowed(self, token_ids: object) -> None:
+            raise LookupError("no such state")
+
+    async def main() -> None:
+        async with running(CountingRunner()) as engine:
+            good = asyncio.create_task(collect(engine, request("good", max_tokens=50)))
+            with pytest.raises(
+                GenerationError, match="request 'bad' failed: the guide failed with LookupError: no such"
+            ):
+                await collect(engine, request("bad", guide=Broken()))  # type: ignore[arg-type]
+            assert len((await good)[0]) == 50
+            await engine.check_health()
 
     asyncio.run(main())
