@@ -10,8 +10,6 @@ import pytest
 from local_clients import CountingRunner, collect, eventually, idle, request, running
 
 from runtime.engine.base import FinishReason, GenerationRequest, SamplingParams
-    FinishReason,
-)
 from runtime.engine.local import LocalEngine
 
 
