@@ -123,7 +123,8 @@ class LocalEngine:
     # Both sides; the lock is held.
 
     def _abort(self, request_id: str, index: int | None = None) -> None:
-        ended = self._scheduler.abort(request_id, index)
+        # A dead engine has no streams, whatever its scheduler still holds.
+        ended = self._scheduler.abort(request_id, index) if request_id in self._streams else []
         self._deliver((request_id, TokenChunk((), FinishReason.ABORT, i)) for i in ended)
 
     def _deliver(self, news: Iterable[tuple[str, TokenChunk | GenerationError]]) -> None:

@@ -43,6 +43,9 @@ class CountingRunner:
             logits[spoilt] = np.nan
         return ArrayLogits(logits)
 
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """It keeps nothing in them."""
+
 
 def request(name: str, prompt: Sequence[int] = (1, 2, 3), max_tokens: int = 5, **sampling: float) -> GenerationRequest:
     settings = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]

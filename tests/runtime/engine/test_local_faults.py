@@ -60,6 +60,9 @@ def test_a_runner_that_raises_kills_the_engine_and_wakes_everybody() -> None:
                 await engine.check_health()
             with pytest.raises(EngineDeadError, match="no room for logits"):
                 await anext(engine.generate(request("late")))
+            for i in range(6):
+                await engine.abort(f"{i}")  # as whoever has not heard of it may do
+            engine.stats()
 
     asyncio.run(main())
 
