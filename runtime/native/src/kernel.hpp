@@ -51,8 +51,8 @@ struct FloatRows {
 
 // Where the parts of a KV tile lie: one KV head's keys and values of 16 positions, in bytes from its start.
 //   keys    16 bits: [C][16] bfloat16; 8: [C][16] codes; 4: [C/2][16] bytes, channel c low and c + C/2 high
-//   values  16 bits: [16][C'] bfloat16; 8: [16][C'] codes; 4: [16][C'/2] bytes, channel c low and c + C'/2 high;
-//           C' is C padded to a multiple of 16 (32 for 4 bits). With 4 bits, value channel c >= C/2 lies at C'/2 + c - C/2.
+//   values  16 bits: [16][C'] bfloat16; 8: [16][C'] codes; 4: [16][C'/2] bytes, channel c low and c + C/2 high;
+//           C' is C padded to a multiple of 16 (32 for 4 bits)
 //   scales  [16] bfloat16, zeros [16] uint8; of keys and of values (8 and 4 bits)
 struct KvLayout {
     int bits;
@@ -114,6 +114,10 @@ struct Kernel {
     void (*attend)(const Attention& attention);
     // The first index of the largest value; -1 where one is NaN, or where the largest is not finite.
     std::int32_t (*argmax)(const float* x, int width);
+
+    // `rounds` times as many 8-bit dot products in registers as hide their latency: the peak of integer_product.
+    // Returns the multiply-adds done.
+    std::int64_t (*peak_dots)(int rounds);
 };
 
 // Floats of scratch that `attend` takes where the last token sees `positions`: the scores of 8 queries at a time.
