@@ -1,7 +1,7 @@
 """llama.cpp as a worker: Q4_0 through the C interface of llama-cpp-python, as llama.cpp's own benchmarks call it.
 
-Tokens are random, and none is sampled. Keys and values are float16, which is llama.cpp's default, with a short context;
-with a long one they are q8_0, which is the strongest setting against it: half the bytes to read. Flash attention is on.
+Tokens are random, and none is sampled. Flash attention is on. Keys and values are float16, llama.cpp's default, where
+sequences begin empty; decoding after a context has them in q8_0, which is half the bytes to read.
 """
 
 from __future__ import annotations

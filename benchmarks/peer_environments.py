@@ -58,8 +58,9 @@ class Peer:
             InstallError: pip failed.
         """
         environment = self._environment(root)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-        command: list[str | Path] = [self.python(root), "-m", "pip", "install", *self.requirements]
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", environment], check=True)
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", self.python(root)]
+        command = [*pip, "install", *self.requirements]
         for package in self.built_here:
             command += ["--no-binary", package, "--no-cache-dir"]  # pip's cache does not know the processor
         log = root / self.name / "install.log"

@@ -8,9 +8,10 @@ measured are stopped. All of them have random weights of one shape:
 
 - llama.cpp computes the whole model from a GGUF file in Q4_0;
 - OpenVINO and ONNX Runtime compute the model's matrix products alone, with int4 weights. The native engine computes
-  its whole step even in these rows: it does more than they, in the same time or less;
+  its whole step even there, so that it does more than they do;
 - osp-bf16, on demand, is the native engine with bfloat16 weights.
 
+The rows, and what they aim at, are those of `benchmarks.workloads`; `--rows 'decode-*'` and `--peers llama.cpp` choose.
 Each row has a turn that does not count, and then `--rounds` rounds. JSON goes to `--out` after every row, Markdown
 beside it, so that a run that is cut off leaves what it has. Absolute rates hold for the machine and the hour only;
 ratios are taken within a round.
@@ -37,6 +38,7 @@ from runtime.bench.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "peers"
+JSON_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def compare(peers: Sequence[Peer], rows: Sequence[Row], comparison: Comparison, write: Callable[[], None]) -> None:
@@ -93,7 +95,7 @@ def _rows_named(_context: click.Context, _parameter: click.Parameter, value: str
 
 
 @click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON file to write.")
+@click.option("--out", type=JSON_FILE, default=BUILD / "table.json", show_default=True, help="JSON file to write.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="1.4b", show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="For every engine.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)

@@ -16,6 +16,11 @@ class Decode:
     batch: int = 1
     context: int = 0
 
+    @property
+    def total_tokens(self) -> int:
+        """Of all sequences."""
+        return self.tokens * self.batch
+
     def request(self) -> dict[str, Any]:
         """As `benchmarks.worker` understands it."""
         return {"measure": "decode", "batch": self.batch, "context": self.context, "tokens": self.tokens}
@@ -26,6 +31,11 @@ class Prefill:
     """A prompt of `tokens` tokens."""
 
     tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Of the prompt."""
+        return self.tokens
 
     def request(self) -> dict[str, Any]:
         """As `benchmarks.worker` understands it."""

@@ -16,8 +16,8 @@ from benchmarks.neighbour import NEIGHBOURS
 from benchmarks.peer_environments import PEERS
 from benchmarks.workloads import ROWS, Decode, Prefill, Row, rows_named
 
-DECODE = Row("d", "decode", Decode(tokens=4, batch=2), goals={"peer": 2.0})
-BESIDE = Row("b", "decode beside", Decode(tokens=4), neighbour="spin", kept_goal=0.6)
+DECODE = Row("d", "decode", Decode(tokens=32, batch=2), goals={"peer": 2.0})
+BESIDE = Row("b", "decode beside", Decode(tokens=32), neighbour="spin", kept_goal=0.6)
 
 
 class Machine:
@@ -60,7 +60,7 @@ def test_engines_take_turns_and_the_first_turn_does_not_count() -> None:
     assert series.quiet == {}
     assert series.limits == [{"read_GBps": 3.0, "dot_GOPS": 1000.0}, {"read_GBps": 6.0, "dot_GOPS": 1000.0}]
     assert series.limit("read_GBps") == 4.5
-    assert peer.requests == 3 * [{"measure": "decode", "batch": 2, "context": 0, "tokens": 4}]
+    assert peer.requests == 3 * [{"measure": "decode", "batch": 2, "context": 0, "tokens": 32}]
 
 
 def test_beside_a_neighbour_each_round_is_measured_without_it_first() -> None:
@@ -82,6 +82,14 @@ def test_ratios_are_of_one_round_and_the_median_is_over_them() -> None:
     assert series.ratio("osp", "peer") != series.rate("osp") / series.rate("peer")
     assert series.kept("osp") is None
     assert series.limit("read_GBps") is None
+
+
+def test_what_is_done_at_once_is_asked_again() -> None:
+    # Of two tokens each: half a second does not count; then 0.2 s, 0.1 s and 0.25 s, which are half a second together.
+    engine = Machine().engine("osp", 4, 10, 20, 8)
+    series = alternate(Row("d", "decode", Decode(tokens=2)), [engine], 1)
+    assert series.rates["osp"] == [pytest.approx(6 / 0.55)]
+    assert len(engine.requests) == 4
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
@@ -117,7 +125,7 @@ def test_the_json_has_every_round() -> None:
     assert decode["rates"]["osp"] == [30, 31, 32]
     assert decode["medians"] == {"osp": 31, "peer": 10, "other": 1000}
     assert decode["ratios"] == {"peer": 3.1, "other": 0.031}
-    assert decode["request"] == {"measure": "decode", "batch": 2, "context": 0, "tokens": 4}
+    assert decode["request"] == {"measure": "decode", "batch": 2, "context": 0, "tokens": 32}
     assert decode["kept"] == {}
     assert beside["kept"] == {"osp": 0.5, "peer": 0.5}
     assert beside["neighbour"] == "spin"
