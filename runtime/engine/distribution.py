@@ -106,5 +106,5 @@ def _place(weights_C: NDArray[np.float32], uniform: float, work: Workspace) -> i
 
 
 def _hit(reached: NDArray[np.float64], target: float) -> int:
-    """The first place whose running sum exceeds `target`, which rounding may have brought up to the whole sum."""
+    """The first place whose running sum exceeds `target`, which rounding may have brought up to the whole."""
     return int(np.searchsorted(reached, min(target, np.nextafter(reached[-1], 0.0)), side="right"))
