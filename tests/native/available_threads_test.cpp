@@ -1,6 +1,9 @@
 // How many threads: made-up trees of /proc and /sys, and this process's own affinity mask.
 #include "available_threads.hpp"
 
+#include <unistd.h>
+
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <map>
