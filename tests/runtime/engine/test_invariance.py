@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import write_4bit
 from drive import Drive, run
 from history_runner import VOCABULARY, HistoryRunner, greedy_continuation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schemes import SCHEMES
 
-from quant.format import Checkpoint
+from quant.format import Checkpoint, read_checkpoint
 from runtime.engine.base import GenerationRequest, SamplingParams
 from runtime.engine.reference import ReferenceRunner
 
@@ -142,14 +145,19 @@ def test_the_reference_engine_bit_for_bit(quantized: Checkpoint, limits: dict[st
     assert crowd == by_itself
 
 
-@pytest.mark.parametrize("scheme", ["full_precision", "quantized"])
-def test_blocks_of_the_reference_engine_are_copied_whole(scheme: str, request: pytest.FixtureRequest) -> None:
-    checkpoint = request.getfixturevalue(scheme)
-    wanted = GenerationRequest("a", (5, 6, 7), SamplingParams(max_tokens=12, seed=2), n=5)
-    runner = ReferenceRunner(checkpoint, block_size=8)
-    children = run([wanted], runner)
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8 kv8 head8", "all at 4 bits"])
+def test_blocks_of_the_reference_engine_are_copied_whole(scheme: str, tmp_path: Path) -> None:
+    """With the keys and values of 16, 8 and 4 bits."""
+    checkpoint = read_checkpoint(write_4bit(tmp_path, scheme=SCHEMES[scheme]))
+    wanted = GenerationRequest("a", (5, 6, 7), SamplingParams(max_tokens=12, seed=2, logprobs=5), n=5)
+    family = Drive(ReferenceRunner(checkpoint, block_size=8))
+    family.scheduler.add(wanted)
+    family.finish()
     for index in range(5):
-        # What the child said, as a prompt: its last token is the greedy or drawn one of a prompt computed afresh.
-        prompt = (*wanted.prompt_token_ids, *children["a", index][:-1])
-        afresh = GenerationRequest("b", prompt, SamplingParams(max_tokens=1, seed=2), n=5)
-        assert run([afresh], ReferenceRunner(checkpoint))["b", index] == children["a", index][-1:]
+        # What a child said is a prompt: computed afresh, its last position has the logits that the child saw.
+        heard = family.heard["a", index]
+        prompt = (*wanted.prompt_token_ids, *heard.tokens[:-1])
+        afresh = Drive(ReferenceRunner(checkpoint))
+        afresh.scheduler.add(GenerationRequest("b", prompt, replace(wanted.sampling, max_tokens=1), n=5))
+        afresh.finish()
+        assert afresh.heard["b", index].chunks[0].logprobs == heard.chunks[-1].logprobs
