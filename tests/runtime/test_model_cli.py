@@ -133,12 +133,14 @@ def test_info_of_a_quality_that_is_no_object(quantized: Checkpoint, tmp_path: Pa
 def test_eval(quantized: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("t1 t2 t3 t4")
     (tmp_path / "b.jsonl").write_text('{"text": "t5 t6"}\n')
-    result = ask("eval", quantized.path, "--data", tmp_path / "a.txt", "--data", tmp_path / "b.jsonl", "--json")
+    data = ["--data", tmp_path / "a.txt", "--data", tmp_path / "b.jsonl"]
+    result = ask("eval", quantized.path, *data, "--engine", "reference", "--json")
     report = json.loads(result.stdout)
     assert (report["tokens"], report["engine"], report["precision"]) == (4, "reference", "w4a4")
     assert report["perplexity"] > 1
     assert result.stderr == ""
-    assert f"{report['perplexity']:.4f} over 4 tokens" in ask("eval", quantized.path, "--data", tmp_path).stdout
+    plain = ask("eval", quantized.path, "--data", tmp_path, "--engine", "reference").stdout
+    assert f"{report['perplexity']:.4f} over 4 tokens" in plain
 
 
 def test_eval_scores_whole_documents_whatever_tokenizer_json_says(quantized: Checkpoint, tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def task(tmp_path: Path) -> Path:
     return tmp_path / "colours.jsonl"
 
 
-@pytest.mark.parametrize("engine", ["auto", "torch"])
+@pytest.mark.parametrize("engine", ["reference", "torch"])
 def test_eval_of_a_task(quantized: Checkpoint, task: Path, engine: str) -> None:
     report = json.loads(ask("eval", quantized.path, "--task", task, "--engine", engine, "--json").stdout)
     # The same question with each of its answers marked as the right one.
@@ -171,7 +173,7 @@ def test_eval_of_a_task(quantized: Checkpoint, task: Path, engine: str) -> None:
     assert report == {
         "perplexity": None,
         "tokens": None,
-        "engine": "reference" if engine == "auto" else "torch",
+        "engine": engine,
         "precision": "w4a4",
         "tasks": [{"task": "colours", **one_third, "questions": 3}],
     }
@@ -180,7 +182,8 @@ def test_eval_of_a_task(quantized: Checkpoint, task: Path, engine: str) -> None:
 def test_eval_of_text_and_tasks(quantized: Checkpoint, task: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("t1 t2 t3 t4")
     (tmp_path / "one.jsonl").write_text(json.dumps(QUESTIONS[0]))
-    arguments = ["--data", tmp_path / "a.txt", "--task", task, "--task", tmp_path / "one.jsonl"]
+    data = ["--data", tmp_path / "a.txt", "--task", task, "--task", tmp_path / "one.jsonl"]
+    arguments = [*data, "--engine", "reference"]
     report = json.loads(ask("eval", quantized.path, *arguments, "--json").stdout)
     assert report["tokens"] == 3
     assert [(result["task"], result["questions"]) for result in report["tasks"]] == [("colours", 3), ("one", 1)]
@@ -218,7 +221,7 @@ def test_mistakes_are_told_in_one_line(quantized: Checkpoint, tmp_path: Path) ->
         ("info", [tmp_path], "config.json is missing"),
         ("eval", [quantized.path, "--data", tmp_path / "absent.txt"], "absent.txt"),
         ("eval", [quantized.path, "--data", tmp_path / "one.txt"], "nothing to score"),
-        ("eval", [quantized.path, "--data", tmp_path / "one.txt", "--engine", "native"], "no engine 'native'"),
+        ("eval", [quantized.path, "--data", tmp_path / "one.txt", "--engine", "onnx"], "no engine 'onnx'"),
         ("eval", [quantized.path, "--task", tmp_path / "bad.jsonl"], 'bad.jsonl:1: no "context"'),
     ):
         result = ask(command, *arguments)

@@ -13,14 +13,15 @@ import pytest
 from quant.format import Checkpoint
 from quant.llama import CheckpointError
 from runtime.engine.base import GenerationRequest, SamplingParams
+from runtime.engine.native_library import NativeLibraryError
 from runtime.engine.registry import UnknownEngineError, load_engine, load_runner
 from runtime.engine.scheduler import SchedulerLimits
 
 
-@pytest.mark.parametrize("name", ["native", "onnx", "vllm", "referense", ""])
+@pytest.mark.parametrize("name", ["onnx", "vllm", "referense", ""])
 def test_an_engine_that_this_release_lacks(name: str) -> None:
     for load in (load_engine, load_runner):
-        with pytest.raises(UnknownEngineError, match=f"no engine '{name}'; it has: auto, reference"):
+        with pytest.raises(UnknownEngineError, match=f"no engine '{name}'; it has: auto, native, reference"):
             load(name, Path("nowhere"))
 
 
@@ -31,9 +32,21 @@ def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_auto_says_what_it_chose(quantized: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+    chosen = load_runner("auto", quantized.path).info.engine
+    assert chosen in ("native", "reference")
+    assert f"{chosen} " in caplog.messages[0]
+
+
+def test_auto_takes_the_reference_engine_where_the_native_one_is_not_built(
+    quantized: Checkpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "runtime.native._osp", None)  # as if it were not there
     assert load_runner("auto", quantized.path).info.engine == "reference"
-    assert len(caplog.records) == 1
-    assert "reference" in caplog.text
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "the slow reference engine runs" in record.message
+    with pytest.raises(NativeLibraryError, match="not built on this machine"):
+        load_runner("native", quantized.path)
 
 
 def test_the_engine_generates(quantized: Checkpoint) -> None:

@@ -133,9 +133,10 @@ def test_errors_are_the_clients_own_kinds(client: openai.OpenAI) -> None:
 def test_the_models(client: openai.OpenAI) -> None:
     [card] = client.models.list().data
     assert card == client.models.retrieve("tiny")
+    assert card.model_extra is not None
+    assert card.model_extra.pop("engine") in ("native", "reference"), "whichever this machine can run"
     assert card.model_extra == {
         "max_model_len": CONTEXT,
-        "engine": "reference",
         "precision": "w4a4",
         "scheme": named("w4a4").to_dict(),
         "quality": {"perplexity_16bit": 10.0, "perplexity": 10.5},
