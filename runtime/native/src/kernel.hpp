@@ -27,26 +27,26 @@ enum class Format : std::uint8_t { kInt4, kInt8, kBfloat16, kFloat32 };
 
 struct Panels {
     Format format;
-    int columns;                 // K, padded for integers
-    std::size_t panel_bytes;     // from one panel to the next
-    const std::uint8_t* data;    // 64-byte aligned
-    const float* scales;         // of the codes: [1], or [M] padded to whole panels; null for floats
+    int columns;               // K, padded for integers
+    std::size_t panel_bytes;   // from one panel to the next
+    const std::uint8_t* data;  // 64-byte aligned
+    const float* scales;       // of the codes: [1], or [M] padded to whole panels; null for floats
     bool scale_per_output;
 };
 
 // Rows of input codes, int8, [N, stride], zero beyond K.
 struct CodeRows {
     int count;
-    std::size_t stride;          // bytes, a multiple of kColumnStep
+    std::size_t stride;  // bytes, a multiple of kColumnStep
     const std::int8_t* codes;
-    const std::int32_t* sums;    // sum of a row's codes
-    const float* scales;         // of each row; NaN makes the row NaN
+    const std::int32_t* sums;  // sum of a row's codes
+    const float* scales;       // of each row; NaN makes the row NaN
 };
 
 struct FloatRows {
     int count;
-    std::size_t stride;          // floats
-    const float* values;         // [N, K]; read up to the padded K where the format is of integers, zero there
+    std::size_t stride;   // floats
+    const float* values;  // [N, K]; read up to the padded K where the format is of integers, zero there
 };
 
 // Where the parts of a KV tile lie: one KV head's keys and values of 16 positions, in bytes from its start.
@@ -64,24 +64,24 @@ struct KvLayout {
 // The attention of some consecutive tokens of one sequence over one KV head.
 struct Attention {
     const KvLayout* layout;
-    const std::uint8_t* tiles;       // of this layer and head: block b's tile is at tiles + b * block_stride
+    const std::uint8_t* tiles;  // of this layer and head: block b's tile is at tiles + b * block_stride
     std::size_t block_stride;
     const std::int32_t* block_table;
-    int tokens;                      // row i sees positions 0 … first + i
+    int tokens;  // row i sees positions 0 … first + i
     int first;
-    int heads;                       // query heads that share the KV head
-    const float* queries;            // head h of row i at queries + i * row_stride + h * channels
-    float* out;                      // likewise
-    std::size_t row_stride;          // floats, of queries
-    std::size_t out_stride;          // floats, of out
-    float* scratch;                  // attention_scratch(first + tokens) floats, 64-byte aligned
+    int heads;               // query heads that share the KV head
+    const float* queries;    // head h of row i at queries + i * row_stride + h * channels
+    float* out;              // likewise
+    std::size_t row_stride;  // floats, of queries
+    std::size_t out_stride;  // floats, of out
+    float* scratch;          // attention_scratch(first + tokens) floats, 64-byte aligned
 };
 
 // A Hadamard transform of `blocks * base * power` channels, see quant/hadamard.py.
 struct HadamardPlan {
     int blocks, base, power;
-    const float* signs;              // [base][base] of +1 and -1, or null where base is 1
-    float scale;                     // 1 / sqrt(base * power)
+    const float* signs;  // [base][base] of +1 and -1, or null where base is 1
+    float scale;         // 1 / sqrt(base * power)
 };
 
 struct Kernel {

@@ -16,10 +16,14 @@ bool is_integer(Format format) { return format == Format::kInt4 || format == For
 std::size_t column_bytes(Format format, int columns) {  // of 16 outputs
     const auto k = static_cast<std::size_t>(columns);
     switch (format) {
-        case Format::kInt4: return k * kLanes / 2;
-        case Format::kInt8: return k * kLanes;
-        case Format::kBfloat16: return k * kLanes * 2;
-        case Format::kFloat32: return k * kLanes * 4;
+        case Format::kInt4:
+            return k * kLanes / 2;
+        case Format::kInt8:
+            return k * kLanes;
+        case Format::kBfloat16:
+            return k * kLanes * 2;
+        case Format::kFloat32:
+            return k * kLanes * 4;
     }
     throw std::invalid_argument("unknown format");
 }
@@ -117,7 +121,9 @@ void PackedMatrix::read_row(int row, float* to) const {
                 to[k] = static_cast<float>((k % 8 < 4 ? both & 15 : both >> 4) - 8) * scale;
                 break;
             }
-            case Format::kInt8: to[k] = static_cast<float>(panel[16 * (k - k % 4) + 4 * r + k % 4] - 128) * scale; break;
+            case Format::kInt8:
+                to[k] = static_cast<float>(panel[16 * (k - k % 4) + 4 * r + k % 4] - 128) * scale;
+                break;
             case Format::kBfloat16: {
                 std::uint16_t half;
                 std::memcpy(&half, panel + 2 * (k * kLanes + r), sizeof half);
@@ -125,7 +131,9 @@ void PackedMatrix::read_row(int row, float* to) const {
                 std::memcpy(to + k, &bits, sizeof bits);
                 break;
             }
-            case Format::kFloat32: std::memcpy(to + k, panel + 4 * (k * kLanes + r), sizeof(float)); break;
+            case Format::kFloat32:
+                std::memcpy(to + k, panel + 4 * (k * kLanes + r), sizeof(float));
+                break;
         }
     }
 }
