@@ -80,7 +80,7 @@ def alone(requests: list[GenerationRequest]) -> dict:
     spare=st.integers(0, 30),
     caching=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_crowd_in_any_cache(
     seed: int, count: int, num_blocks: int, block_size: int, max_sequences: int, spare: int, caching: bool
 ) -> None:

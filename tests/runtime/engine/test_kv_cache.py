@@ -92,7 +92,7 @@ class PoolBesideAModel(RuleBasedStateMachine):
 
 
 TestPoolBesideAModel = PoolBesideAModel.TestCase
-TestPoolBesideAModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPoolBesideAModel.settings = settings(max_examples=50, stateful_step_count=30)
 
 
 def test_a_key_belongs_to_the_first_block() -> None:

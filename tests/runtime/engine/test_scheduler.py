@@ -146,7 +146,7 @@ class RandomTraffic(RuleBasedStateMachine):
 
 
 TestRandomTraffic = RandomTraffic.TestCase
-TestRandomTraffic.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestRandomTraffic.settings = settings(max_examples=50, stateful_step_count=30)
 
 
 def test_a_long_prompt_is_cut_and_does_not_stop_the_others() -> None:
