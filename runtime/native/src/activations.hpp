@@ -9,9 +9,12 @@ namespace osp {
 // Rows of floats, [rows, stride]. What lies between the width and the stride is zero and stays so.
 struct FloatPlane {
     FloatPlane(int rows, int width)
-        : width(width), stride((width + kLanes - 1) / kLanes * kLanes),
+        : width(width),
+          stride((width + kLanes - 1) / kLanes * kLanes),
           memory(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride) * sizeof(float)) {}
-    float* row(int n) const { return memory.as<float>() + static_cast<std::size_t>(n) * static_cast<std::size_t>(stride); }
+    float* row(int n) const {
+        return memory.as<float>() + static_cast<std::size_t>(n) * static_cast<std::size_t>(stride);
+    }
 
     int width, stride;
     Buffer memory;
@@ -20,8 +23,10 @@ struct FloatPlane {
 // The input of linear layers: as floats, and as codes.
 struct InputPlane {
     InputPlane(int rows, int width)
-        : floats(rows, width), codes(static_cast<std::size_t>(rows) * static_cast<std::size_t>(floats.stride)),
-          sums(static_cast<std::size_t>(rows) * sizeof(std::int32_t)), scales(static_cast<std::size_t>(rows) * sizeof(float)) {}
+        : floats(rows, width),
+          codes(static_cast<std::size_t>(rows) * static_cast<std::size_t>(floats.stride)),
+          sums(static_cast<std::size_t>(rows) * sizeof(std::int32_t)),
+          scales(static_cast<std::size_t>(rows) * sizeof(float)) {}
     std::int8_t* codes_of(int n) const {
         return codes.as<std::int8_t>() + static_cast<std::size_t>(n) * static_cast<std::size_t>(floats.stride);
     }

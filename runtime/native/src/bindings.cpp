@@ -112,8 +112,7 @@ void bind_model(nb::module_& module) {
                                  threads > 0 ? threads : available_threads(), chosen);
             },
             nb::kw_only(), "vocabulary"_a, "width"_a, "inner"_a, "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-            "norm_eps"_a, "kv_bits"_a, "kv_blocks"_a, "max_positions"_a, "max_rows"_a, "threads"_a = 0,
-            "kernel"_a = "")
+            "norm_eps"_a, "kv_bits"_a, "kv_blocks"_a, "max_positions"_a, "max_rows"_a, "threads"_a = 0, "kernel"_a = "")
         .def(
             "set_linear",
             [](Model& model, int layer, const std::string& site, const std::string& format, int rows, int columns,
@@ -184,9 +183,7 @@ void bind_model(nb::module_& module) {
             },
             nb::rv_policy::reference_internal)
         .def("argmax",
-             [](Model& model) {
-                 return std::vector<int>(model.argmax(), model.argmax() + model.logit_rows());
-             })
+             [](Model& model) { return std::vector<int>(model.argmax(), model.argmax() + model.logit_rows()); })
         .def("copy_block", &Model::copy_block, "source"_a, "target"_a)
         .def_prop_ro("kernel", [](const Model& model) { return std::string(model.kernel().name); })
         .def_prop_ro("threads", &Model::threads)

@@ -39,7 +39,10 @@ void check_norm(const std::vector<float>& weight, const std::string& name, int w
 
 Model::Model(const Shape& shape, int kv_bits, int kv_blocks, int max_positions, int max_rows, int threads,
              const Kernel& kernel)
-    : shape_(checked(shape)), max_rows_(max_rows), max_positions_(max_positions), kernel_(kernel),
+    : shape_(checked(shape)),
+      max_rows_(max_rows),
+      max_positions_(max_positions),
+      kernel_(kernel),
       cache_(shape.layers, shape.kv_heads, shape.head_dim, kv_bits, kv_blocks),
       pool_(threads, scratch_bytes(shape, max_positions, max_rows)) {
     if (max_rows < 1 || max_positions < 1) throw wrong("a step of no rows, or a context of no positions");

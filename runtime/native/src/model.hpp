@@ -12,14 +12,14 @@ namespace osp {
 
 // Consecutive tokens of one sequence, `SequenceSlice` of runtime/engine/base.py.
 struct Slice {
-    int start;                            // position of the first token
+    int start;  // position of the first token
     int length;
-    int logits;                           // wanted for so many of the last tokens
+    int logits;                             // wanted for so many of the last tokens
     std::vector<std::int32_t> block_table;  // covers positions 0 … start + length - 1
 };
 
 struct Batch {
-    std::vector<std::int32_t> tokens;     // of all slices, one after another
+    std::vector<std::int32_t> tokens;  // of all slices, one after another
     std::vector<Slice> slices;
 };
 

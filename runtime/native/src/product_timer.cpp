@@ -44,8 +44,7 @@ double time_product(const Kernel& kernel, Format format, int rows, int outputs, 
     for (int panel = 0; panel < matrix.panels(); ++panel) matrix.randomize_panel(panel, 1);
     const InputPlane input(rows, columns);
     fill(input, rows, columns);
-    const int step = rows > 16 ? kPanelsOfChunk
-                               : std::max(1, static_cast<int>(kChunkBytes / matrix.panel_bytes()));
+    const int step = rows > 16 ? kPanelsOfChunk : std::max(1, static_cast<int>(kChunkBytes / matrix.panel_bytes()));
     const std::size_t stride = static_cast<std::size_t>(step) * kLanes;
     Pool pool(threads, stride * static_cast<std::size_t>(rows) * sizeof(float));
     const auto compute = [&](int chunk, std::byte* scratch) {

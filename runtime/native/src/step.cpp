@@ -7,14 +7,14 @@
 namespace osp {
 namespace {
 
-constexpr int kRowsOfTile = 4;             // rows that a chunk prepares
+constexpr int kRowsOfTile = 4;                 // rows that a chunk prepares
 constexpr std::size_t kChunkBytes = 48 << 10;  // of weights that a chunk reads, where there are few rows
 constexpr std::size_t kSmallChunkBytes = 8 << 10;
 constexpr int kChunksOfThread = 8;
-constexpr int kOutputsOfChunk = 1024;      // rows times panels
-constexpr int kTokensOfTile = 16;          // tokens of a slice that a chunk attends for
-constexpr int kPositionsOfTile = 2048;     // a chunk takes more heads while these times positions are fewer
-constexpr int kFewRows = 4;                // so many rows are prepared by one thread
+constexpr int kOutputsOfChunk = 1024;   // rows times panels
+constexpr int kTokensOfTile = 16;       // tokens of a slice that a chunk attends for
+constexpr int kPositionsOfTile = 2048;  // a chunk takes more heads while these times positions are fewer
+constexpr int kFewRows = 4;             // so many rows are prepared by one thread
 
 std::size_t lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -22,7 +22,8 @@ std::size_t lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 struct PreparedRow {
     PreparedRow(std::byte* scratch, int index, int stride)
         : floats(reinterpret_cast<float*>(scratch + static_cast<std::size_t>(index) * bytes(stride))),
-          codes(reinterpret_cast<std::int8_t*>(floats + stride)), sum(reinterpret_cast<std::int32_t*>(codes + stride)),
+          codes(reinterpret_cast<std::int8_t*>(floats + stride)),
+          sum(reinterpret_cast<std::int32_t*>(codes + stride)),
           scale(reinterpret_cast<float*>(sum + 1)) {}
     static std::size_t bytes(int stride) { return lines(static_cast<std::size_t>(stride) * 5 + 8); }
 
@@ -83,19 +84,8 @@ StepBuilder::StepBuilder(Model& model, const Batch& batch)
             plan_->position.push_back(slice.start + i);
         }
     }
-    const Shape& shape = model.shape_;
-    int row = 0;
-    for (std::size_t s = 0; s < batch.slices.size(); row += batch.slices[s].length, ++s) {
-        const Slice& slice = batch.slices[s];
-        const int positions = slice.start + slice.length;
-        const int enough = std::max(1, shape.kv_heads / (2 * model.threads()));
-        const int heads = std::clamp(kPositionsOfTile / positions, 1, slice.length > 1 ? 1 : enough);
-        for (int from = 0; from < slice.length; from += kTokensOfTile)
-            for (int head = 0; head < shape.kv_heads; head += heads)
-                plan_->tiles.push_back({static_cast<int>(s), row + from, slice.start + from,
-                                        std::min(kTokensOfTile, slice.length - from), head,
-                                        std::min(heads, shape.kv_heads - head)});
-    }
+    rows_ = static_cast<int>(batch.tokens.size());
+    residual_ = &activations_.residual;
 }
 
 // What phases hold must outlive this builder: a late thread may still be in them after `Model::step` has returned. So
@@ -104,34 +94,36 @@ std::vector<Phase> StepBuilder::build() {
     const Weights& weights = model_.weights_;
     Model::Activations& a = activations_;
     embed();
-    for (int layer = 0; layer < model_.shape_.layers; ++layer) {
+    const int layers = model_.shape_.layers;
+    for (int layer = 0; layer < layers; ++layer) {
         const Block& block = weights.blocks[static_cast<std::size_t>(layer)];
         const Linear &q = block.at(Site::kQ), &k = block.at(Site::kK), &v = block.at(Site::kV), &o = block.at(Site::kO);
         const Linear &gate = block.at(Site::kGate), &up = block.at(Site::kUp), &down = block.at(Site::kDown);
-        prepare(a.residual, nullptr, a.hidden, block.attention_norm.data(), nullptr, {&q, &k, &v});
-        multiply(a.hidden, rows(), {part(q, a.queries), part(k, a.keys), part(v, a.values)});
+        prepare(*residual_, a.hidden, block.attention_norm.data(), nullptr, {&q, &k, &v});
+        multiply(a.hidden, {part(q, a.queries), part(k, a.keys), part(v, a.values)});
         place(layer);
+        // What follows in the last layer is for logits only.
+        if (layer == layers - 1 && plan_->wanted.empty()) return std::move(phases_);
+        if (layer == layers - 1) narrow();
         attend(layer);
-        prepare(a.attended.floats, nullptr, a.attended, nullptr, nullptr, {&o});
-        multiply(a.attended, rows(), {part(o, a.residual, true)});
-        prepare(a.residual, nullptr, a.hidden, block.ffn_norm.data(), nullptr, {&gate, &up});
+        prepare(a.attended.floats, a.attended, nullptr, nullptr, {&o});
+        multiply(a.attended, {part(o, *residual_, true)});
+        prepare(*residual_, a.hidden, block.ffn_norm.data(), nullptr, {&gate, &up});
         Part gated = part(gate, a.inner.floats);
         gated.up = &up;
-        multiply(a.hidden, rows(), {gated});
-        prepare(a.inner.floats, nullptr, a.inner, nullptr, down.rotated ? &weights.ffn : nullptr, {&down});
-        multiply(a.inner, rows(), {part(down, a.residual, true)});
+        multiply(a.hidden, {gated});
+        prepare(a.inner.floats, a.inner, nullptr, down.rotated ? &weights.ffn : nullptr, {&down});
+        multiply(a.inner, {part(down, *residual_, true)});
     }
-    if (!plan_->wanted.empty()) {
-        prepare(a.residual, &plan_->wanted, a.hidden, weights.final_norm.data(), nullptr, {&weights.head});
-        const auto stride = static_cast<std::size_t>(model_.shape_.vocabulary);
-        multiply(a.hidden, logit_rows(), {{&weights.head, nullptr, model_.logits_.as<float>(), stride, false}});
-        find_argmax();
-    }
+    prepare(*residual_, a.hidden, weights.final_norm.data(), nullptr, {&weights.head});
+    const auto stride = static_cast<std::size_t>(model_.shape_.vocabulary);
+    multiply(a.hidden, {{&weights.head, nullptr, model_.logits_.as<float>(), stride, false}});
+    find_argmax();
     return std::move(phases_);
 }
 
 void StepBuilder::embed() {
-    const int half = model_.shape_.head_dim / 2, count = rows(), tile = rows_of_tile(count);
+    const int half = model_.shape_.head_dim / 2, count = rows_, tile = rows_of_tile(count);
     Model::Activations& a = activations_;
     const int stride = a.residual.stride + a.cosine.stride + a.sine.stride;
     const Weights& weights = model_.weights_;
@@ -143,8 +135,8 @@ void StepBuilder::embed() {
             float *cosine = to + a.residual.stride, *sine = cosine + a.cosine.stride;
             for (int i = 0; i < half; ++i) {
                 // The angle is rounded to float32 as in training; cosine and sine are those of float64, rounded once.
-                const float angle = static_cast<float>(plan->position[row]) *
-                                    weights.rotary_frequencies[static_cast<std::size_t>(i)];
+                const float angle =
+                    static_cast<float>(plan->position[row]) * weights.rotary_frequencies[static_cast<std::size_t>(i)];
                 cosine[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
                 sine[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
             }
@@ -161,25 +153,24 @@ void StepBuilder::embed() {
     phases_.push_back({(count + tile - 1) / tile, compute, commit});
 }
 
-void StepBuilder::prepare(const FloatPlane& source, const std::vector<int>* listed, const InputPlane& target,
-                          const float* norm, const Hadamard* hadamard, std::vector<const Linear*> readers) {
+void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, const float* norm,
+                          const Hadamard* hadamard, std::vector<const Linear*> readers) {
     const auto coded =
         std::find_if(readers.begin(), readers.end(), [](const Linear* linear) { return linear->input_bits < 16; });
     const Linear* codes = coded == readers.end() ? nullptr : *coded;  // all that read codes read the same
-    const bool floats = std::any_of(readers.begin(), readers.end(),
-                                    [](const Linear* linear) { return linear->input_bits == 16; });
+    const bool floats =
+        std::any_of(readers.begin(), readers.end(), [](const Linear* linear) { return linear->input_bits == 16; });
     if (!codes && &source == &target.floats && !hadamard) return;  // they are there already
-    const int count = listed ? static_cast<int>(listed->size()) : rows(), tile = rows_of_tile(count);
+    const int count = rows_, tile = rows_of_tile(count);
     const int width = source.width, stride = target.floats.stride;
     const int padded = (width + kColumnStep - 1) / kColumnStep * kColumnStep;
     const float eps = model_.shape_.norm_eps;
     const Kernel& kernel = kernel_;
-    // `listed` belongs to the plan, which the closures keep.
-    const auto compute = [=, plan = plan_, &source, &kernel](int chunk, std::byte* scratch) {
+    const auto compute = [=, &source, &kernel](int chunk, std::byte* scratch) {
         auto* room = reinterpret_cast<float*>(scratch + PreparedRow::bytes(stride) * static_cast<std::size_t>(tile));
         for (int n = chunk * tile, i = 0; n < std::min(count, (chunk + 1) * tile); ++n, ++i) {
             const PreparedRow row(scratch, i, stride);
-            const float* from = source.row(listed ? (*listed)[static_cast<std::size_t>(n)] : n);
+            const float* from = source.row(n);
             if (norm)
                 kernel.rms_norm(from, norm, width, eps, row.floats);
             else
@@ -205,7 +196,8 @@ void StepBuilder::prepare(const FloatPlane& source, const std::vector<int>* list
     phases_.push_back({(count + tile - 1) / tile, compute, commit});
 }
 
-void StepBuilder::multiply(const InputPlane& input, int count, std::vector<Part> parts) {
+void StepBuilder::multiply(const InputPlane& input, std::vector<Part> parts) {
+    const int count = rows_;
     std::size_t all_bytes = 0;
     for (const Part& part : parts) all_bytes += part.linear->matrix.bytes() * (part.up ? 2 : 1);
     std::vector<PanelRun> runs;
@@ -251,8 +243,9 @@ void StepBuilder::multiply(const InputPlane& input, int count, std::vector<Part>
 void StepBuilder::place(int layer) {
     const Shape& shape = model_.shape_;
     Model::Activations& a = activations_;
-    const int count = rows(), tile = rows_of_tile(count), width = shape.queries() + shape.keys();
-    const Hadamard* hadamard = model_.weights_.queries_and_keys.plan.base > 0 ? &model_.weights_.queries_and_keys : nullptr;
+    const int count = rows_, tile = rows_of_tile(count), width = shape.queries() + shape.keys();
+    const Hadamard* hadamard =
+        model_.weights_.queries_and_keys.plan.base > 0 ? &model_.weights_.queries_and_keys : nullptr;
     const Kernel& kernel = kernel_;
     const auto compute = [=, &a, &kernel](int chunk, std::byte* scratch) {
         auto* row = reinterpret_cast<float*>(scratch);
@@ -272,7 +265,8 @@ void StepBuilder::place(int layer) {
         for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, row += width) {
             std::copy_n(row, shape.queries(), a.queries.row(n));
             const int position = plan->position[static_cast<std::size_t>(n)];
-            const Slice& slice = plan->batch.slices[static_cast<std::size_t>(plan->slice_of[static_cast<std::size_t>(n)])];
+            const Slice& slice =
+                plan->batch.slices[static_cast<std::size_t>(plan->slice_of[static_cast<std::size_t>(n)])];
             const auto block = static_cast<std::size_t>(slice.block_table[static_cast<std::size_t>(position / kLanes)]);
             for (int head = 0; head < shape.kv_heads; ++head)
                 kernel.write_kv(cache.layout(), cache.tiles(layer, head) + block * cache.block_stride(),
@@ -283,14 +277,53 @@ void StepBuilder::place(int layer) {
     phases_.push_back({(count + tile - 1) / tile, compute, commit});
 }
 
+void StepBuilder::narrow() {
+    if (logit_rows() == rows_) return;
+    Model::Activations& a = activations_;
+    const int width = a.residual.width;
+    rows_ = logit_rows();
+    residual_ = &a.narrowed;
+    const auto compute = [=, plan = plan_, &a](int row, std::byte* scratch) {
+        const int from = plan->wanted[static_cast<std::size_t>(row)];
+        std::copy_n(a.residual.row(from), width, reinterpret_cast<float*>(scratch));
+    };
+    const auto commit = [=, &a](int row, const std::byte* scratch) {
+        std::copy_n(reinterpret_cast<const float*>(scratch), width, a.narrowed.row(row));
+    };
+    phases_.push_back({rows_, compute, commit});
+}
+
+std::vector<StepBuilder::AttentionTile> StepBuilder::attention_tiles() const {
+    const int kv_heads = model_.shape_.kv_heads;
+    const bool narrowed = residual_ == &activations_.narrowed;
+    std::vector<AttentionTile> tiles;
+    int row = 0, out_row = 0;
+    for (std::size_t s = 0; s < plan_->batch.slices.size(); ++s) {
+        const Slice& slice = plan_->batch.slices[s];
+        const int positions = slice.start + slice.length;
+        const int enough = std::max(1, kv_heads / (2 * model_.threads()));
+        const int heads = std::clamp(kPositionsOfTile / positions, 1, slice.length > 1 ? 1 : enough);
+        const int skipped = narrowed ? slice.length - slice.logits : 0;
+        for (int from = skipped; from < slice.length; from += kTokensOfTile)
+            for (int head = 0; head < kv_heads; head += heads)
+                tiles.push_back({static_cast<int>(s), row + from, slice.start + from,
+                                 std::min(kTokensOfTile, slice.length - from), head, std::min(heads, kv_heads - head),
+                                 out_row + from - skipped});
+        row += slice.length;
+        out_row += slice.length - skipped;
+    }
+    return tiles;
+}
+
 void StepBuilder::attend(int layer) {
     const Shape& shape = model_.shape_;
     Model::Activations& a = activations_;
     const int group = shape.heads / shape.kv_heads, channels = group * shape.head_dim;
     const Kernel& kernel = kernel_;
     const KvCache& cache = model_.cache_;
+    const auto tiles = std::make_shared<const std::vector<AttentionTile>>(attention_tiles());
     const auto compute = [=, plan = plan_, &a, &kernel, &cache](int chunk, std::byte* scratch) {
-        const AttentionTile& tile = plan->tiles[static_cast<std::size_t>(chunk)];
+        const AttentionTile& tile = (*tiles)[static_cast<std::size_t>(chunk)];
         const Slice& slice = plan->batch.slices[static_cast<std::size_t>(tile.slice)];
         auto* out = reinterpret_cast<float*>(scratch);
         const auto outputs = static_cast<std::size_t>(tile.tokens * tile.heads * channels);
@@ -303,14 +336,14 @@ void StepBuilder::attend(int layer) {
                            static_cast<std::size_t>(tile.heads * channels), room});
         }
     };
-    const auto commit = [=, plan = plan_, &a](int chunk, const std::byte* scratch) {
-        const AttentionTile& tile = plan->tiles[static_cast<std::size_t>(chunk)];
+    const auto commit = [=, &a](int chunk, const std::byte* scratch) {
+        const AttentionTile& tile = (*tiles)[static_cast<std::size_t>(chunk)];
         const auto* out = reinterpret_cast<const float*>(scratch);
         const int width = tile.heads * channels;
         for (int n = 0; n < tile.tokens; ++n, out += width)
-            std::copy_n(out, width, a.attended.floats.row(tile.row + n) + tile.head * channels);
+            std::copy_n(out, width, a.attended.floats.row(tile.out_row + n) + tile.head * channels);
     };
-    phases_.push_back({static_cast<int>(plan_->tiles.size()), compute, commit});
+    phases_.push_back({static_cast<int>(tiles->size()), compute, commit});
 }
 
 void StepBuilder::find_argmax() {

@@ -11,11 +11,19 @@ namespace osp {
 
 struct Model::Activations {
     Activations(const Shape& shape, int rows)
-        : residual(rows, shape.width), queries(rows, shape.queries()), keys(rows, shape.keys()),
-          values(rows, shape.keys()), cosine(rows, shape.head_dim / 2), sine(rows, shape.head_dim / 2),
-          hidden(rows, shape.width), attended(rows, shape.queries()), inner(rows, shape.inner) {}
+        : residual(rows, shape.width),
+          queries(rows, shape.queries()),
+          keys(rows, shape.keys()),
+          values(rows, shape.keys()),
+          cosine(rows, shape.head_dim / 2),
+          sine(rows, shape.head_dim / 2),
+          narrowed(rows, shape.width),
+          hidden(rows, shape.width),
+          attended(rows, shape.queries()),
+          inner(rows, shape.inner) {}
 
     FloatPlane residual, queries, keys, values, cosine, sine;
+    FloatPlane narrowed;  // of the residual stream, the rows that get logits
     InputPlane hidden, attended, inner;
 };
 
@@ -36,33 +44,34 @@ class StepBuilder {
     };
     struct Part {
         const Linear* linear;
-        const Linear* up;      // of a gate: its partner; the output is swiglu of both
+        const Linear* up;  // of a gate: its partner; the output is swiglu of both
         float* out;
         std::size_t stride;
-        bool add;              // to what is there
+        bool add;  // to what is there
     };
-    // Some tokens of a slice, and the KV heads that they attend to.
+    // Some tokens of a slice, the KV heads that they attend to, and the row that the first one's outcome becomes.
     struct AttentionTile {
-        int slice, row, first, tokens, head, heads;
+        int slice, row, first, tokens, head, heads, out_row;
     };
     // What phases read; it stays as it is until no thread is in the program any more.
     struct Plan {
         Batch batch;
         std::vector<int> slice_of, position;  // of each row
         std::vector<int> wanted;              // rows that get logits
-        std::vector<AttentionTile> tiles;
     };
 
     void embed();
-    // `target` becomes what `readers` take: rows of `source` (or those listed), normed, transformed, quantized.
-    void prepare(const FloatPlane& source, const std::vector<int>* rows, const InputPlane& target, const float* norm,
-                 const Hadamard* hadamard, std::vector<const Linear*> readers);
-    void multiply(const InputPlane& input, int rows, std::vector<Part> parts);
-    void place(int layer);   // rotary embedding, and into the cache
+    // `target` becomes what `readers` take: rows of `source`, normed, transformed, quantized.
+    void prepare(const FloatPlane& source, const InputPlane& target, const float* norm, const Hadamard* hadamard,
+                 std::vector<const Linear*> readers);
+    void multiply(const InputPlane& input, std::vector<Part> parts);
+    void place(int layer);  // rotary embedding, and into the cache
+    // From here on, nothing but the rows that get logits; the first of them becomes row 0.
+    void narrow();
     void attend(int layer);
+    std::vector<AttentionTile> attention_tiles() const;
     void find_argmax();
 
-    int rows() const { return static_cast<int>(plan_->batch.tokens.size()); }
     static Part part(const Linear& linear, const FloatPlane& out, bool add = false) {
         return {&linear, nullptr, out.row(0), static_cast<std::size_t>(out.stride), add};
     }
@@ -72,6 +81,8 @@ class StepBuilder {
     Model::Activations& activations_;
     std::shared_ptr<Plan> plan_;
     std::vector<Phase> phases_;
+    int rows_ = 0;  // that are still computed
+    const FloatPlane* residual_ = nullptr;
 };
 
 }  // namespace osp

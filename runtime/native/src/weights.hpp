@@ -22,10 +22,10 @@ constexpr int kSites = 7;
 // A linear layer without bias.
 struct Linear {
     PackedMatrix matrix;
-    int input_bits = 16;      // 16: the input is not quantized
-    bool per_token = false;   // the input's scale: each token's own, or `input_scale`
+    int input_bits = 16;     // 16: the input is not quantized
+    bool per_token = false;  // the input's scale: each token's own, or `input_scale`
     float input_scale = 1;
-    bool rotated = false;     // the input passes the FFN Hadamard transform first (down only)
+    bool rotated = false;  // the input passes the FFN Hadamard transform first (down only)
 };
 
 struct Block {
@@ -37,13 +37,13 @@ struct Block {
 
 // A transform and the signs of its base matrix.
 struct Hadamard {
-    HadamardPlan plan = {};   // base 0: none
+    HadamardPlan plan = {};  // base 0: none
     std::vector<float> signs;
 };
 
 struct Weights {
     std::vector<Block> blocks;
-    PackedMatrix embedding;   // empty where it is tied: the head's matrix then
+    PackedMatrix embedding;  // empty where it is tied: the head's matrix then
     Linear head;
     std::vector<float> final_norm;
     std::vector<float> rotary_frequencies;  // [head_dim / 2]
