@@ -7,7 +7,7 @@ vLLM brings its own scheduler and implements `Engine` directly.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -34,6 +34,10 @@ class DrainingError(RequestRejectedError):
 
 class GenerationError(RuntimeError):
     """This one request failed in the engine (NaN logits, say); the engine and the other requests go on."""
+
+
+class CorruptLogitsError(GenerationError):
+    """The model gave NaN or infinite logits for this request."""
 
 
 MAX_LOGPROBS = 20
@@ -151,6 +155,7 @@ class TokenChunk:
         prompt_logprobs: on the first chunk of sequence 0, if they were asked for: one for each prompt token, None for
             the first of them.
         cached_tokens: on a sequence's first chunk, how many prompt tokens came from the prefix cache.
+        queued_s: on a sequence's first chunk, the seconds between submission and the request's first step.
     """
 
     token_ids: tuple[int, ...]
@@ -159,6 +164,7 @@ class TokenChunk:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int = 0
+    queued_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +222,12 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def observe_steps(self, observer: Callable[[float, int], None]) -> None:
+        """Has `observer(seconds, tokens computed)`, and no earlier one, called after each step, from any thread."""
+        ...
+
     async def check_health(self) -> None:
-        """Raises `EngineDeadError` if the engine cannot make progress."""
+        """Raises `EngineDeadError` if the engine cannot make progress; its live requests have then failed with it."""
         ...
 
     async def shutdown(self, drain_s: float) -> None:

@@ -11,8 +11,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from runtime.engine.base import (
     DrainingError,
@@ -47,7 +48,9 @@ class LocalEngine:
         self._draining = self._stopping = False
         self._death: str | None = None
         self._step_began: float | None = None  # of the step that is under way
-        # The lock of all of the above but the step's time, and the bell that is rung when any of it changes.
+        self._progressed = time.monotonic()  # when a step last ended, or work came to an idle engine
+        self._observe: Callable[[float, int], None] = lambda *_: None
+        # The lock of all of the above but the steps' times, and the bell that is rung when any of it changes.
         self._changed = threading.Condition()
         self._worker = threading.Thread(target=self._work, name=f"osp-engine-{runner.info.engine}", daemon=True)
         self._worker.start()
@@ -61,13 +64,16 @@ class LocalEngine:
         """See `Engine.generate`."""
         check_request(request, self.info)
         stream = self._submit(request)
-        unfinished = request.n
+        unfinished, silent = request.n, set(range(request.n))
         try:
             while unfinished:
                 event = await stream.next()
                 if isinstance(event, Exception):
                     raise event
                 unfinished -= event.finish_reason is not None
+                if event.index in silent:
+                    silent.remove(event.index)
+                    event = replace(event, queued_s=stream.queued_s)
                 yield event
         finally:
             # Without effect after a last event. Otherwise the client has closed the iterator or was cancelled.
@@ -84,15 +90,21 @@ class LocalEngine:
         with self._changed:
             return self._scheduler.stats()
 
+    def observe_steps(self, observer: Callable[[float, int], None]) -> None:
+        """See `Engine.observe_steps`. What the observer raises kills the engine."""
+        self._observe = observer
+
     async def check_health(self) -> None:
-        """See `Engine.check_health`."""
+        """See `Engine.check_health`. A step that hangs and ends after all makes the engine healthy again."""
         with self._changed:
+            if self._death is None and not self._worker.is_alive():
+                self._die("the engine's thread has ended")
             self._require_alive()
-            began, limit = self._step_began, self._limits.step_timeout_s
-        if began is not None and (taken := time.monotonic() - began) > limit:
-            raise EngineDeadError(
-                f"the step under way has taken {taken:.1f} s, more than step_timeout_s of {limit:g} s; it seems to hang"
-            )
+            if stall := self._stall():
+                error = EngineDeadError(stall)
+                for stream in Stream.send((stream, error) for stream in list(self._streams.values())):
+                    self._forget(stream)
+                raise error
 
     async def shutdown(self, drain_s: float) -> None:
         """See `Engine.shutdown`. A step that hangs is left behind after `step_timeout_s`."""
@@ -107,11 +119,15 @@ class LocalEngine:
         stream = Stream(request.request_id, request.n)
         with self._changed:
             self._require_alive()
+            if stall := self._stall():
+                raise EngineDeadError(stall)
             if self._draining:
                 raise DrainingError("the engine is draining: it is about to shut down and takes no new requests")
             if request.request_id in self._streams:
                 raise RequestRejectedError(f"a request with the id {request.request_id!r} is running already")
+            idle = self._scheduler.idle and self._step_began is None
             self._scheduler.add(request)
+            self._progressed = time.monotonic() if idle else self._progressed
             self._streams[request.request_id] = stream
             self._changed.notify_all()
         return stream
@@ -119,6 +135,13 @@ class LocalEngine:
     def _require_alive(self) -> None:
         if self._death is not None:
             raise EngineDeadError(self._death)
+
+    def _stall(self) -> str | None:
+        """Why the engine, though alive, does not get on with its work; None: it does, or it has none."""
+        waited, limit = time.monotonic() - self._progressed, self._limits.step_timeout_s
+        if waited <= limit or (self._scheduler.idle and self._step_began is None):
+            return None
+        return f"no step has ended for {waited:.1f} s, more than step_timeout_s of {limit:g} s; it seems to hang"
 
     # Both sides; the lock is held.
 
@@ -155,15 +178,21 @@ class LocalEngine:
         with self._changed:
             while self._scheduler.idle and not self._stopping:
                 self._changed.wait()
-            return None if self._stopping else self._scheduler.schedule()
+            if self._stopping:
+                return None
+            step = self._scheduler.schedule()
+            for sequence in step.sequences:
+                self._streams[sequence.request.request_id].scheduled()
+            return step
 
     def _compute(self, step: Step) -> None:
-        self._step_began = time.monotonic()
+        self._step_began = began = time.monotonic()
         if step.copies:
             sources, targets = zip(*step.copies, strict=True)
             self._runner.copy_blocks(sources, targets)
         outcomes = self._reader.read(step, self._runner.step(step.slices))
-        self._step_began = None
+        self._step_began, self._progressed = None, time.monotonic()
+        self._observe(self._progressed - began, sum(len(slice_.token_ids) for slice_ in step.slices))
         with self._changed:
             self._deliver(self._scheduler.advance(step, outcomes))
 

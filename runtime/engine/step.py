@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.engine.base import GenerationError, SequenceSlice, StepLogits, TokenLogprobs
+from runtime.engine.base import CorruptLogitsError, GenerationError, SequenceSlice, StepLogits, TokenLogprobs
 from runtime.engine.constraints import GuideError
 from runtime.engine.logprobs import LogitsError, prompt_logprobs
 from runtime.engine.sampler import Sample
@@ -67,7 +67,8 @@ class OutcomeReader:
                 else:
                     outcome = self._choose(sequence, slice_, rows_NV[row:end])
             except (LogitsError, GuideError) as error:
-                outcome = Outcome(error=GenerationError(f"request {sequence.request.request_id!r} failed: {error}"))
+                kind = CorruptLogitsError if isinstance(error, LogitsError) else GenerationError
+                outcome = Outcome(error=kind(f"request {sequence.request.request_id!r} failed: {error}"))
             outcomes.append(outcome)
             row = end
         return outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -12,10 +13,17 @@ Event = TokenChunk | Exception
 
 
 class Stream:
-    """What one request has to hear. Belongs to the event loop in which it was made."""
+    """What one request has to hear. Belongs to the event loop in which it was made.
+
+    Attributes:
+        queued_s: seconds until the request's first step; 0 before it.
+    """
 
     def __init__(self, request_id: str, sequences: int) -> None:
         self.request_id = request_id
+        self.queued_s = 0.0
+        self._submitted = time.monotonic()
+        self._scheduled = False
         self._unfinished = sequences
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -23,6 +31,12 @@ class Stream:
     async def next(self) -> Event:
         """The next event, when it is there."""
         return await self._events.get()
+
+    def scheduled(self) -> None:
+        """The request is part of a step that is about to begin."""
+        if not self._scheduled:
+            self._scheduled = True
+            self.queued_s = time.monotonic() - self._submitted
 
     def ends_with(self, event: Event) -> bool:
         """Whether an event, which is about to be sent, is the last: an error, or the end of the last sequence."""

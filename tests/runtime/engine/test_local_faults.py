@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from history_runner import HistoryRunner
 from local_clients import CountingRunner, collect, eventually, idle, request, running
 
 from runtime.engine.base import (
+    CorruptLogitsError,
     DrainingError,
     EngineDeadError,
     FinishReason,
@@ -19,6 +21,7 @@ from runtime.engine.base import (
     GenerationRequest,
     SamplingParams,
     SequenceSlice,
+    TokenChunk,
 )
 from runtime.engine.local import LocalEngine
 from runtime.engine.scheduler import SchedulerLimits
@@ -34,7 +37,7 @@ def test_nan_logits_fail_their_own_request_only() -> None:
         async with running(CountingRunner(spoil)) as engine:
             good = engine.generate(request("good", max_tokens=100))
             await anext(good)
-            with pytest.raises(GenerationError, match=r"request 'bad' failed: .* nan"):
+            with pytest.raises(CorruptLogitsError, match=r"request 'bad' failed: .* nan"):
                 await collect(engine, request("bad", max_tokens=90))
             assert len([chunk async for chunk in good]) == 99
             await engine.check_health()
@@ -135,16 +138,93 @@ def test_a_step_that_hangs_is_seen_and_does_not_hang_the_shutdown(where: str, ca
         await asyncio.sleep(0.1)
         await engine.check_health()
         await asyncio.sleep(0.3)
-        with pytest.raises(EngineDeadError, match=r"has taken 0\.\d s, more than step_timeout_s of 0\.2 s"):
+        reason = r"no step has ended for 0\.\d s, more than step_timeout_s of 0\.2 s"
+        with pytest.raises(EngineDeadError, match=reason):
             await engine.check_health()
+        with pytest.raises(EngineDeadError, match=reason):
+            await client
+        with pytest.raises(EngineDeadError, match=reason):
+            await collect(engine, request("late"))
         async with asyncio.timeout(10):
             await engine.shutdown(0)
-        assert (await client)[1] is FinishReason.ABORT
         assert "hangs; its thread is left behind" in caplog.text
         with pytest.raises(EngineDeadError, match="its last step hangs"):
             await engine.check_health()
         release.set()
         await eventually(lambda: not any(t.name.startswith("osp-engine") for t in threading.enumerate()))
+
+    asyncio.run(main())
+
+
+def test_a_step_that_ends_after_all_makes_the_engine_healthy_again() -> None:
+    release = threading.Event()
+
+    async def main() -> None:
+        async with running(CountingRunner(lambda batch: release.wait(20) and None), step_timeout_s=0.1) as engine:
+            client = asyncio.create_task(collect(engine, request("a")))
+            await asyncio.sleep(0.2)
+            with pytest.raises(EngineDeadError):
+                await engine.check_health()
+            with pytest.raises(EngineDeadError):
+                await client
+            with pytest.raises(EngineDeadError):
+                await engine.check_health()  # nobody waits any more, but the step still hangs
+            release.set()
+            await eventually(lambda: idle(engine))
+            async with asyncio.timeout(10):
+                while True:
+                    with contextlib.suppress(EngineDeadError):
+                        await engine.check_health()
+                        break
+                    await asyncio.sleep(0.01)
+            assert (await collect(engine, request("b")))[0] == [4, 5, 6, 7, 8]
+
+    asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_without_a_word_is_seen() -> None:
+    def leave(batch: object) -> None:
+        raise SystemExit
+
+    async def main() -> None:
+        engine = LocalEngine(CountingRunner(leave))
+        client = asyncio.create_task(collect(engine, request("a")))
+        await eventually(lambda: not any(t.name.startswith("osp-engine") for t in threading.enumerate()))
+        with pytest.raises(EngineDeadError, match="thread has ended"):
+            await engine.check_health()
+        with pytest.raises(EngineDeadError, match="thread has ended"):
+            await client
+        await engine.shutdown(0)
+
+    asyncio.run(main())
+
+
+def test_the_first_chunk_of_each_sequence_says_how_long_it_was_queued() -> None:
+    async def main() -> None:
+        async with running(CountingRunner(lambda batch: time.sleep(0.05)), max_sequences=2) as engine:
+            first = GenerationRequest("first", (1, 2), SamplingParams(max_tokens=3), n=2)
+
+            async def chunks_of(wanted: GenerationRequest) -> list[TokenChunk]:
+                return [chunk async for chunk in engine.generate(wanted)]
+
+            chunks = await asyncio.gather(chunks_of(first), chunks_of(request("second", max_tokens=1)))
+            heard = {(i, chunk.index): chunk.queued_s for i in (0, 1) for chunk in reversed(chunks[i])}
+            assert 0 <= heard[0, 0] == heard[0, 1] < 0.04
+            assert heard[1, 0] >= 0.09  # there is no room before the first request's third step
+            assert sum(chunk.queued_s > 0 for chunk in chunks[0]) == 2
+
+    asyncio.run(main())
+
+
+def test_an_observer_hears_of_each_step() -> None:
+    async def main() -> None:
+        heard: list[tuple[float, int]] = []
+        async with running(CountingRunner(lambda batch: time.sleep(0.02))) as engine:
+            engine.observe_steps(lambda seconds, tokens: heard.append((seconds, tokens)))
+            await collect(engine, request("a", prompt=(1, 2, 3), max_tokens=4))
+        assert [tokens for _, tokens in heard] == [3, 1, 1, 1]
+        assert all(0.02 <= seconds < 1 for seconds, _ in heard)
 
     asyncio.run(main())
 

@@ -76,6 +76,9 @@ class ScriptedEngine:
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self._live), waiting=0, kv_usage=0.25)
 
+    def observe_steps(self, observer: Callable[[float, int], None]) -> None:
+        """It has no steps."""
+
     async def check_health(self) -> None:
         if self.dies_after is not None:
             raise EngineDeadError("the engine has died of a test")
