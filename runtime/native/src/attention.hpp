@@ -3,7 +3,8 @@
 // Scores: for each 16 positions (the lanes), two chains of fused multiply-adds over the channels, even and odd steps,
 // added at the end. Scales lie outside the sums: score = (sum q * code - zero * sum q) * scale. Then the softmax over
 // exactly the positions that a query sees, its denominator summed in 16 lanes by position mod 16. Values: one chain of
-// multiply-adds over the positions for each channel (the lanes), with weight * scale for weights.
+// multiply-adds over the positions for each channel (the lanes), with weight * scale for weights, less the sum of
+// weight * scale * zero.
 #pragma once
 
 #include "kv_tile.hpp"
@@ -85,7 +86,7 @@ void score_all(const Attention& a, const QueryGroup& group, int from, int count,
     for (; block < count; ++block) score_tiles<bits, queries, 1>(a, group, from, block, query_sums);
 }
 
-// From scores to weights in place. Returns nothing but what is in them: zeros beyond `seen`.
+// From scores to weights in place; zeros beyond `seen`.
 void softmax(float* scores, int seen, float root) {
     const int tiles = (seen + kLanes - 1) / kLanes * kLanes;
     const Floats divisor = broadcast(root), nothing = broadcast(-__builtin_inff());
@@ -98,7 +99,7 @@ void softmax(float* scores, int seen, float root) {
     const Floats top = broadcast(largest_of(highest));
     Floats sums = {};
     for (int p = 0; p < tiles; p += kLanes) {
-        const Floats weight = select(indices(p) < broadcast(seen), exponential(load(scores + p) - top), Floats{});
+        const Floats weight = exponential(load(scores + p) - top);
         sums = sums + weight;
         store(scores + p, weight);
     }
@@ -106,18 +107,19 @@ void softmax(float* scores, int seen, float root) {
     for (int p = 0; p < tiles; p += kLanes) store(scores + p, load(scores + p) / total);
 }
 
-// Multiplies weights by the scales of their values; returns the sum of weight * scale * zero, first to last.
+// Multiplies weights by the scales of their values; returns the sum of weight * scale * zero, in lanes by position
+// mod 16, then the lanes as a tree.
 float scale_weights(const Attention& a, float* weights, int seen) {
     const KvLayout& layout = *a.layout;
-    float offset = 0;
+    Floats offset = {};
     for (int p = 0; p < seen; p += kLanes) {
         const std::uint8_t* tile = tile_of(a, p / kLanes);
         const Floats scaled = load(weights + p) * load_bfloat16(tile + layout.value_scales);
-        store(weights + p, select(indices(p) < broadcast(seen), scaled, Floats{}));
-        const std::uint8_t* zeros = tile + layout.value_zeros;
-        for (int i = 0; i < kLanes && p + i < seen; ++i) offset += weights[p + i] * static_cast<float>(zeros[i]);
+        const Floats seen_only = select(indices(p) < broadcast(seen), scaled, Floats{});  // a scale beyond may be NaN
+        store(weights + p, seen_only);
+        offset = multiply_add(seen_only, to_floats(load_bytes(tile + layout.value_zeros)), offset);
     }
-    return offset;
+    return sum_of(offset);
 }
 
 // Two vectors of the values of one position: of channels from `at` on and, with 4 bits, from C'/2 + `at` on.

@@ -51,15 +51,17 @@ OSP_INLINE Ints load_bytes(const std::uint8_t* from) {
 #else
     typedef std::uint8_t Bytes __attribute__((vector_size(16)));
     typedef std::uint16_t Halves __attribute__((vector_size(16)));
+    // Zeros between the bytes, then between the pairs: what compilers know as interleaving.
     const Bytes bytes = load_whole<Bytes>(from), none = {};
-    const Bytes first = __builtin_shufflevector(bytes, none, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16);
-    const Bytes last =
-        __builtin_shufflevector(bytes, none, 8, 16, 9, 16, 10, 16, 11, 16, 12, 16, 13, 16, 14, 16, 15, 16);
-    const Halves low = reinterpret_cast<Halves>(first), high = reinterpret_cast<Halves>(last), zero = {};
-    return {{reinterpret_cast<NativeInts>(__builtin_shufflevector(low, zero, 0, 8, 1, 8, 2, 8, 3, 8)),
-             reinterpret_cast<NativeInts>(__builtin_shufflevector(low, zero, 4, 8, 5, 8, 6, 8, 7, 8))},
-            {reinterpret_cast<NativeInts>(__builtin_shufflevector(high, zero, 0, 8, 1, 8, 2, 8, 3, 8)),
-             reinterpret_cast<NativeInts>(__builtin_shufflevector(high, zero, 4, 8, 5, 8, 6, 8, 7, 8))}};
+    const Halves low = reinterpret_cast<Halves>(
+        __builtin_shufflevector(bytes, none, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+    const Halves high = reinterpret_cast<Halves>(
+        __builtin_shufflevector(bytes, none, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    const Halves zero = {};
+    return {{reinterpret_cast<NativeInts>(__builtin_shufflevector(low, zero, 0, 8, 1, 9, 2, 10, 3, 11)),
+             reinterpret_cast<NativeInts>(__builtin_shufflevector(low, zero, 4, 12, 5, 13, 6, 14, 7, 15))},
+            {reinterpret_cast<NativeInts>(__builtin_shufflevector(high, zero, 0, 8, 1, 9, 2, 10, 3, 11)),
+             reinterpret_cast<NativeInts>(__builtin_shufflevector(high, zero, 4, 12, 5, 13, 6, 14, 7, 15))}};
 #endif
 }
 
@@ -78,10 +80,10 @@ OSP_INLINE Floats load_bfloat16(const std::uint8_t* from) {
     typedef std::uint16_t Halves __attribute__((vector_size(16)));
     const Halves low = load_whole<Halves>(from), high = load_whole<Halves>(from + sizeof low);
     const Halves zero = {};  // below the sixteen bits of each, which are a float's upper ones
-    return {{reinterpret_cast<NativeFloats>(__builtin_shufflevector(zero, low, 0, 8, 0, 9, 0, 10, 0, 11)),
-             reinterpret_cast<NativeFloats>(__builtin_shufflevector(zero, low, 0, 12, 0, 13, 0, 14, 0, 15))},
-            {reinterpret_cast<NativeFloats>(__builtin_shufflevector(zero, high, 0, 8, 0, 9, 0, 10, 0, 11)),
-             reinterpret_cast<NativeFloats>(__builtin_shufflevector(zero, high, 0, 12, 0, 13, 0, 14, 0, 15))}};
+    return {{reinterpret_cast<NativeFloats>(__builtin_shufflevector(zero, low, 0, 8, 1, 9, 2, 10, 3, 11)),
+             reinterpret_cast<NativeFloats>(__builtin_shufflevector(zero, low, 4, 12, 5, 13, 6, 14, 7, 15))},
+            {reinterpret_cast<NativeFloats>(__builtin_shufflevector(zero, high, 0, 8, 1, 9, 2, 10, 3, 11)),
+             reinterpret_cast<NativeFloats>(__builtin_shufflevector(zero, high, 4, 12, 5, 13, 6, 14, 7, 15))}};
 #endif
 }
 

@@ -57,7 +57,8 @@ struct IntegerTiles {
         for (int n = 0; n < rows; ++n) {
             int32x4_t of[4];
             OSP_UNROLL
-            for (int q = 0; q < 4; ++q) of[q] = chains == 1 ? sums[n][q][0] : sums[n][q][0] + sums[n][q][last];
+            for (int q = 0; q < 4; ++q)
+                of[q] = chains == 1 ? sums[n][q][0] : vaddq_s32(sums[n][q][0], sums[n][q][last]);
             write_outputs({{of[0], of[1]}, {of[2], of[3]}}, x, row + n, w, panel, y + n * y_stride);
         }
     }

@@ -54,8 +54,9 @@ struct IntegerTiles {
                 odd[q] = vusdotq_lane_s32(odd[q], second, inputs, 1);
             }
         }
-        write_outputs({{even[0] + odd[0], even[1] + odd[1]}, {even[2] + odd[2], even[3] + odd[3]}}, x, row, w, panel,
-                      y);
+        OSP_UNROLL
+        for (int q = 0; q < 4; ++q) even[q] = vaddq_s32(even[q], odd[q]);
+        write_outputs({{even[0], even[1]}, {even[2], even[3]}}, x, row, w, panel, y);
     }
 
     template <int pairs>

@@ -1,4 +1,4 @@
-// Plain C++ for any processor: the compiler turns its loops over 16 outputs into what vectors there are.
+// Any processor: no intrinsics, only the compiler's own vectors of the least registers that there are.
 #include "../attention.hpp"
 #include "../float_product.hpp"
 #include "../tiles.hpp"
@@ -6,35 +6,29 @@
 namespace osp {
 namespace {
 
+typedef std::int16_t NativeShorts __attribute__((vector_size(4 * kNativeLanes)));
+using Shorts = Widened<NativeShorts, kLanes>::Type;  // two for each of 16 outputs
+
+// Inputs k and k + 2 for the halves of all 32-bit lanes.
+OSP_INLINE Shorts pair(const std::int8_t* x) {
+    const auto low = static_cast<std::uint16_t>(x[0]), high = static_cast<std::uint16_t>(x[2]);
+    return bits_as<Shorts>(broadcast(low | static_cast<std::uint32_t>(high) << 16));
+}
+
+// The sums of both halves of 32-bit lanes, as signed numbers.
+OSP_INLINE Words halves_added(Shorts v) {
+    const Words both = bits_as<Words>(v);
+    return bits_as<Words>(bits_as<Ints>(both << 16) >> 16) + bits_as<Words>(bits_as<Ints>(both) >> 16);
+}
+
+// A lane holds one output: its two halves multiply two columns at a time, and 16 bits hold the products.
 template <Format format>
 struct IntegerTiles {
-    static constexpr int kBitsOfCode = format == Format::kInt4 ? 4 : 8;
-    static constexpr int kColumnsOfWord = 32 / kBitsOfCode;
-    // Products that 16 bits hold the sum of: 8 times 15 * 128, once 255 * 128.
-    static constexpr int kColumnsIn16Bits = format == Format::kInt4 ? 8 : 1;
+    static constexpr int kColumnsOfWord = format == Format::kInt4 ? 8 : 4;
 
-    // Biased codes of 16 outputs, a word each, as [columns][outputs] of 16 bits.
-    static void unpack(const std::uint8_t* panel, std::int16_t (&weights)[kColumnsOfWord][kLanes]) {
-        std::uint32_t words[kLanes];
-        std::memcpy(words, panel, sizeof words);
-        for (int j = 0; j < kColumnsOfWord; ++j) {
-            // Four bits: columns 0 … 3 are the low nibbles of the four bytes, 4 … 7 the high ones.
-            const int shift = 8 * (j % 4) + 4 * (j / 4);
-            for (int r = 0; r < kLanes; ++r)
-                weights[j][r] = static_cast<std::int16_t>((words[r] >> shift) & ((1u << kBitsOfCode) - 1));
-        }
-    }
-
-    static void add(const std::int16_t (&weights)[kColumnsOfWord][kLanes], const std::int8_t* inputs,
-                    std::uint32_t (&sums)[kLanes]) {
-        for (int start = 0; start < kColumnsOfWord; start += kColumnsIn16Bits) {
-            std::int16_t some[kLanes] = {};
-            for (int j = start; j < start + kColumnsIn16Bits; ++j) {
-                const std::int16_t input = inputs[j];
-                for (int r = 0; r < kLanes; ++r) some[r] = static_cast<std::int16_t>(some[r] + weights[j][r] * input);
-            }
-            for (int r = 0; r < kLanes; ++r) sums[r] += static_cast<std::uint32_t>(some[r]);
-        }
+    // The codes of columns k and k + 2, one in each half of a lane: of the word shifted to have them lowest.
+    static OSP_INLINE Shorts columns(Words word, int shift) {
+        return bits_as<Shorts>(word >> shift & broadcast(format == Format::kInt4 ? 0x000f000fu : 0x00ff00ffu));
     }
 
     template <int rows, int panels>
@@ -42,21 +36,33 @@ struct IntegerTiles {
         static_assert(panels == 1, "two panels have no room in 16 registers");
         const std::int8_t* codes = x.codes + static_cast<std::size_t>(row) * x.stride;
         const std::uint8_t* at = panel_of(w, panel);
-        std::uint32_t sums[rows][kLanes];  // modulo 2^32
-        for (int n = 0; n < rows; ++n)
-            for (std::uint32_t& sum : sums[n]) sum = static_cast<std::uint32_t>(offset_of<format>(x, row + n));
+        Words sums[rows];  // modulo 2^32
+        OSP_UNROLL
+        for (int n = 0; n < rows; ++n) sums[n] = broadcast(static_cast<std::uint32_t>(offset_of<format>(x, row + n)));
         for (int k = 0; k < w.columns; k += kColumnsOfWord, at += 4 * kLanes) {
-            std::int16_t weights[kColumnsOfWord][kLanes];
-            unpack(at, weights);
-            for (int n = 0; n < rows; ++n) add(weights, codes + n * x.stride + k, sums[n]);
+            const Words word = load<Words>(at);
+            OSP_UNROLL
+            for (int n = 0; n < rows; ++n) {
+                const std::int8_t* inputs = codes + n * x.stride + k;
+                if constexpr (format == Format::kInt4) {
+                    // Low nibbles are columns 0 … 3, high ones 4 … 7; four products of 15 * 128 fit together.
+                    const Shorts even = columns(word, 0) * pair(inputs) + columns(word, 4) * pair(inputs + 4);
+                    const Shorts odd = columns(word, 8) * pair(inputs + 1) + columns(word, 12) * pair(inputs + 5);
+                    sums[n] = sums[n] + halves_added(even + odd);
+                } else {
+                    const Shorts even = columns(word, 0) * pair(inputs), odd = columns(word, 8) * pair(inputs + 1);
+                    sums[n] = sums[n] + (halves_added(even) + halves_added(odd));
+                }
+            }
         }
-        for (int n = 0; n < rows; ++n) write_outputs(load<Ints>(sums[n]), x, row + n, w, panel, y + n * y_stride);
+        OSP_UNROLL
+        for (int n = 0; n < rows; ++n) write_outputs(bits_as<Ints>(sums[n]), x, row + n, w, panel, y + n * y_stride);
     }
 };
 
 template <Format format>
 void integer_format(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    const int done = cover<IntegerTiles<format>, 4, 1>(x, 0, w, first_panel, count, y, y_stride);
+    const int done = cover<IntegerTiles<format>, 2, 1>(x, 0, w, first_panel, count, y, y_stride);
     cover<IntegerTiles<format>, 1, 1>(x, done, w, first_panel, count, y, y_stride);
 }
 
@@ -67,10 +73,9 @@ void integer_product(const CodeRows& x, const Panels& w, int first_panel, int co
 
 std::int64_t peak_dots(int rounds) {
     constexpr int chains = 8;
-    typedef std::int16_t Shorts __attribute__((vector_size(16)));
-    repeat_dots<chains, Shorts, Shorts, Shorts>(rounds,
-                                                [](auto& sum, auto weights, auto inputs) { sum += weights * inputs; });
-    return std::int64_t{8} * chains * rounds;
+    repeat_dots<chains, NativeShorts, NativeShorts, NativeShorts>(
+        rounds, [](auto& sum, auto weights, auto inputs) { sum += weights * inputs; });
+    return std::int64_t{2 * kNativeLanes} * chains * rounds;
 }
 
 }  // namespace
