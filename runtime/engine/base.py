@@ -164,7 +164,7 @@ class TokenChunk:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int = 0
-    queued_s: float = 0.0
+    queued_s: float = field(default=0.0, compare=False)  # a measurement: no part of what was generated
 
 
 @dataclass(frozen=True, slots=True)
