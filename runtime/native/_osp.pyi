@@ -1,0 +1,99 @@
+"""The native engine: C++ in `src/`. Arrays are C-contiguous; a size that does not fit is a `ValueError`.
+
+Letters: N rows, M outputs and K inputs of a linear layer, L tokens of P positions, H heads, C head dim, F width.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Kernel:
+    """One kernel's functions on arrays, each quantized and packed as a step would do it: for tests."""
+
+    def __new__(cls, name: str = "") -> Kernel:
+        """The kernel of that name, or the best that this processor runs. `ValueError` where it runs none so called."""
+
+    @property
+    def name(self) -> str: ...
+    def quantized_linear(
+        self,
+        x: NDArray[np.float32],
+        input_scale: float | None,
+        input_bits: int,
+        stored: NDArray[np.uint8] | NDArray[np.int8],
+        columns: int,
+        bits: int,
+        scale: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """`quant.arithmetic.quantized_linear`, bit for bit: [N, K] -> [N, M].
+
+        Args:
+            input_scale: static, or None for each row's own.
+            stored: uint8 [M, ceil(K / 2)] of `quant.arithmetic.pack`, or int8 [M, K].
+            columns: K.
+            bits: of the weights.
+            scale: [1] or [M].
+        """
+
+    def linear(self, x: NDArray[np.float32], weight: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.float32]:
+        """[N, K] times [M, K], float32 or (as uint16) bfloat16; one chain of multiply-adds over K for each output."""
+
+    def coded_linear(
+        self,
+        x: NDArray[np.float32],
+        stored: NDArray[np.uint8] | NDArray[np.int8],
+        columns: int,
+        bits: int,
+        scale: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """The same for codes, stored as in `quantized_linear`, and inputs that are not quantized."""
+
+    def rms_norm(self, x: NDArray[np.float32], weight: NDArray[np.float32], eps: float) -> NDArray[np.float32]:
+        """Of [N, F], with weight [F]."""
+
+    def quantize(
+        self, x: NDArray[np.float32], scale: float | None, bits: int
+    ) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.float32]]:
+        """Codes [N, F], their sums [N] and the scales of the rows [N], NaN where the row is lost."""
+
+    def swiglu(self, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`gate / (1 + exp(-gate)) * up`, [N, F]."""
+
+    def hadamard(
+        self, x: NDArray[np.float32], blocks: int, base: int, power: int, signs: NDArray[np.int8]
+    ) -> NDArray[np.float32]:
+        """`quant.hadamard.Hadamard(blocks, base, power).apply`, bit for bit; `signs` is `base_matrix(base)`."""
+
+    def rotate(
+        self, x: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Rotary embedding of N heads, [N, C], by tables [N, C / 2]."""
+
+    def argmax(self, x: NDArray[np.float32]) -> int:
+        """The first index of the largest value; -1 where one is NaN, or where the largest is not finite."""
+
+    def quantize_kv(
+        self, x: NDArray[np.float32], bits: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+        """`quant.arithmetic.quantize_kv` of [N, C], bit for bit: codes [N, C], scales [N], zero points [N]."""
+
+    def attend(
+        self,
+        queries: NDArray[np.float32],
+        keys: NDArray[np.float32],
+        values: NDArray[np.float32],
+        bits: int,
+        block_table: NDArray[np.int32],
+    ) -> NDArray[np.float32]:
+        """Causal attention of the last L positions, [L, H, C], over one KV head of [P, C], cached in 16, 8 or 4 bits.
+
+        `block_table` [ceil(P / 16)] says where each 16 positions lie: a permutation.
+        """
+
+def available_kernels() -> list[str]:
+    """Those that this processor runs, the best first; "portable" is always among them."""
+
+def read_GBps(bytes: int, threads: int, seconds: float) -> float:  # noqa: N802 - the unit
+    """Reads from memory in 10^9 bytes a second: `threads` share so many bytes and read them for `seconds`."""
+
+def dot_GOPS(threads: int, seconds: float) -> float:  # noqa: N802
+    """8-bit multiplications and additions of the best kernel's dot products in registers, in 10^9 a second."""
