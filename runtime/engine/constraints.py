@@ -14,6 +14,10 @@ class GuideError(RuntimeError):
     """A request's `Guide` failed, or gave something that is no mask of the vocabulary."""
 
 
+class NoTokenError(GuideError):
+    """What a request says of single tokens excludes every one of them: its own fault, not the logits'."""
+
+
 class Constraints:
     """Allowed and banned tokens, the guide, `min_tokens` and the logit bias of one request."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.engine.base import SamplingParams, TokenLogprobs
-from runtime.engine.constraints import Constraints
+from runtime.engine.constraints import Constraints, NoTokenError
 from runtime.engine.distribution import draw
 from runtime.engine.logprobs import LogitsError, highest_logit, token_logprobs
 from runtime.engine.penalties import Penalties
@@ -74,7 +74,8 @@ class TokenSampler:
             logits_V: float32 [V], contiguous; not changed. Negative infinity excludes a token.
 
         Raises:
-            LogitsError: the logits are not usable, or no token may come.
+            LogitsError: the logits are not usable.
+            NoTokenError: no token may come.
             GuideError: see `Constraints.apply`.
         """
         position, sampling = self.position, self._sampling
@@ -89,7 +90,7 @@ class TokenSampler:
         allowed_V = self._changed(logits_V, work)
         highest = allowed_V.max()
         if not np.isfinite(highest):
-            raise LogitsError(f"no token may come at position {self.position}: the request excludes all of them")
+            raise NoTokenError(f"no token may come at position {self.position}: the request excludes all of them")
         if self._sampling.temperature == 0:
             return int(allowed_V.argmax())  # the lowest id among equals
         uniform = _uniform(self._sampling.seed, self._child, self.position)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime.engine.base import SamplingParams
-from runtime.engine.constraints import Constraints, GuideError
-from runtime.engine.logprobs import LogitsError
+from runtime.engine.constraints import Constraints, GuideError, NoTokenError
 from runtime.engine.penalties import Penalties
 from runtime.engine.sampler import TokenSampler
 from runtime.engine.workspace import Workspace
@@ -61,7 +60,7 @@ def test_min_tokens_hold_only_so_long() -> None:
 
 def test_no_token_is_left() -> None:
     sampler = TokenSampler(greedy(min_tokens=1, stop_token_ids=frozenset(range(V))), (1, 2))
-    with pytest.raises(LogitsError, match="no token may come at position 2"):
+    with pytest.raises(NoTokenError, match="no token may come at position 2"):
         choose(sampler, RISING)
 
 
@@ -143,7 +142,7 @@ def test_a_guide_leads() -> None:
     assert [choose(sampler, falling) for _ in range(3)] == [2, 4, 6]
     assert guide.asked == [[], [0], [0, 2], [0, 2, 4]]
     assert choose(sampler, falling) == 8
-    with pytest.raises(LogitsError, match="no token may come at position 8"):
+    with pytest.raises(NoTokenError, match="no token may come at position 8"):
         choose(sampler, falling)
 
 
