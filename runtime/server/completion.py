@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
-from runtime.engine.base import FinishReason, GenerationRequest, SamplingParams
+from runtime.engine.base import GenerationRequest
+from runtime.server.answer import TokenCount, collect, finish_reason
 from runtime.server.catalog import ServedModel
-from runtime.server.errors import ApiError, shortened
-from runtime.server.generation import SequencePlan, TextChunk, generate
-from runtime.server.schemas import Completion, CompletionChoice, CompletionRequest, Usage
+from runtime.server.errors import ApiError
+from runtime.server.generation import PromptPlan, generate
+from runtime.server.logprobs import LogprobWriter
+from runtime.server.sampling import sampling_params, text_options
+from runtime.server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from runtime.server.schemas.usage import Usage
+from runtime.server.structured import compile_guide
+from runtime.server.tokenization import check_ids, check_length, encode_text, spelled, truncate
+from runtime.text.assembler import TextChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,119 +31,156 @@ class CompletionPlan:
     id: str
     created: int
     model: ServedModel
-    sequences: list[SequencePlan]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(len(sequence.request.prompt_token_ids) for sequence in self.sequences)
+    body: CompletionRequest
+    prompts: list[PromptPlan]
 
     def answer(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         """A response, or an event of a stream."""
         return Completion(id=self.id, created=self.created, model=self.model.name, choices=choices, usage=usage)
 
-    def usage(self, completion_tokens: int) -> Usage:
-        """The tokens of the whole request."""
-        total = self.prompt_tokens + completion_tokens
-        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
+    def choice(self, chunk: TextChunk, *, begins: bool) -> CompletionChoice:
+        """A piece of a choice, which has the prompt in front where it `begins` the choice and the prompt is wanted."""
+        body, prompt = self.body, self.prompts[chunk.index // self.body.n]
+        echoed = body.echo and begins
+        prompt_ids, ids = prompt.request.prompt_token_ids, chunk.token_ids
+        choice = CompletionChoice(
+            index=chunk.index,
+            text=prompt.echo + chunk.text if echoed else chunk.text,
+            logprobs=None if body.logprobs is None else self._logprobs(chunk, prompt, echoed=echoed),
+            finish_reason=finish_reason(chunk),
+            stop_reason=chunk.stop_reason,
+        )
+        if body.prompt_logprobs is not None and chunk.prompt_logprobs is not None:
+            choice.prompt_logprobs = self._writer(body.prompt_logprobs).prompt(chunk.prompt_logprobs)
+        if body.return_token_ids:
+            choice.token_ids = list(ids)
+            choice.prompt_token_ids = list(prompt_ids) if begins else None
+        return choice
+
+    def _logprobs(self, chunk: TextChunk, prompt: PromptPlan, *, echoed: bool) -> CompletionLogprobs:
+        ids, logprobs = chunk.token_ids, chunk.logprobs or ()
+        offsets = [len(prompt.echo) * self.body.echo + offset for offset in chunk.offsets]
+        writer = self._writer(self.body.logprobs or 0)
+        if not echoed:
+            return writer.completion(ids, logprobs, offsets)
+        return writer.completion(
+            (*prompt.request.prompt_token_ids, *ids),
+            (*(chunk.prompt_logprobs or ()), *logprobs),
+            (*prompt.echo_offsets, *offsets),
+        )
+
+    def _writer(self, top: int) -> LogprobWriter:
+        return LogprobWriter(self.model.tokenizer, top, self.body.return_tokens_as_token_ids)
 
 
 async def plan_completion(
-    body: CompletionRequest, model: ServedModel, *, max_prompts: int, arrival: float
+    body: CompletionRequest, model: ServedModel, *, max_choices: int, arrival: float
 ) -> CompletionPlan:
     """Turns a request into sequences; prompt `i` of a list gets the seed `seed + i`.
 
     Args:
+        max_choices: most choices of one request.
         arrival: when the request arrived, by `time.perf_counter`.
 
     Raises:
-        ApiError: 400, a prompt is empty, too long, not text or not of the vocabulary, or there are too many.
+        ApiError: 400, a prompt is empty, too long, not text or not of the vocabulary, there are too many, or a field
+            asks for what cannot be.
     """
     prompts = body.prompts()
-    if len(prompts) > max_prompts:
-        raise ApiError(400, f"prompt has {len(prompts)} prompts; at most {max_prompts} are allowed", param="prompt")
-    completion_id = f"cmpl-{uuid.uuid4().hex}"
-    seed = body.seed if body.seed is not None else secrets.randbits(63)
-    sequences = []
+    if len(prompts) * body.n > max_choices:
+        message = f"{len(prompts)} prompts with n = {body.n} are too many; at most {max_choices} choices are allowed"
+        raise ApiError(400, message, param="prompt" if len(prompts) > 1 else "n")
+    guide = await compile_guide(body, model)
+    request_id = f"cmpl-{uuid.uuid4().hex}"
+    sampling = sampling_params(
+        body,
+        model,
+        max_tokens=body.max_tokens,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        guide=guide,
+        logprobs=body.logprobs,
+        prompt_logprobs=_scored_tokens(body),
+    )
+    plans = []
     for index, prompt in enumerate(prompts):
-        token_ids = await _token_ids(prompt, model)
-        _check_length(len(token_ids), body.max_tokens, model.engine.info.context_length)
-        sampling = SamplingParams(
-            max_tokens=body.max_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            seed=seed + index,
-            stop_token_ids=frozenset() if body.ignore_eos else model.tokenizer.end_token_ids,
+        token_ids, echo, offsets = await _prompt(prompt, body, model)
+        check_length(len(token_ids), body.max_tokens, model, params=("prompt", "max_tokens"))
+        request = GenerationRequest(
+            request_id=f"{request_id}-{index}",
+            prompt_token_ids=token_ids,
+            sampling=replace(sampling, seed=sampling.seed + index),
+            n=body.n,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
         )
-        request = GenerationRequest(f"{completion_id}-{index}", token_ids, sampling)
-        sequences.append(SequencePlan(index, request, arrival, body.stops()))
-    return CompletionPlan(completion_id, int(time.time()), model, sequences)
+        plans.append(PromptPlan(index * body.n, request, arrival, text_options(body, model), echo, offsets))
+    id = request_id if body.request_id is None else f"cmpl-{body.request_id}"
+    return CompletionPlan(id, int(time.time()), model, body, plans)
 
 
 async def complete(plan: CompletionPlan) -> Completion:
     """The whole answer at once. Raises as `generate` does."""
-    choices = [CompletionChoice(index=sequence.index, text="") for sequence in plan.sequences]
-    completion_tokens = 0
-    async with aclosing(generate(plan.model, plan.sequences)) as chunks:
-        async for chunk in chunks:
-            choice = choices[chunk.index]
-            choice.text += chunk.text
-            choice.finish_reason = _finish_reason(chunk)
-            completion_tokens += chunk.tokens
-    return plan.answer(choices, plan.usage(completion_tokens))
+    count = TokenCount(plan.prompts)
+    async with aclosing(generate(plan.model, plan.prompts)) as chunks:
+        whole = await collect(chunks)
+    for chunk in whole:
+        count.add(chunk)
+    return plan.answer([plan.choice(chunk, begins=True) for chunk in whole], count.usage())
 
 
-async def stream(plan: CompletionPlan, *, include_usage: bool) -> AsyncGenerator[str, None]:
+async def stream(plan: CompletionPlan) -> AsyncGenerator[str, None]:
     """The answer piece by piece, as JSON texts, one a token. Raises as `generate` does.
 
-    Args:
-        include_usage: adds an event without choices that holds the usage; the other events then say null there.
+    Where the usage is wanted, a last event without choices holds it; the other events then say null there.
     """
-    excluded = None if include_usage else {"usage"}
-    completion_tokens = 0
-    async with aclosing(generate(plan.model, plan.sequences)) as chunks:
+    body, count, begun = plan.body, TokenCount(plan.prompts), set[int]()
+    unasked: dict[str, Any] = unasked_fields(body)
+    if not (body.include_usage or body.continuous_usage):
+        unasked["usage"] = True
+    async with aclosing(generate(plan.model, plan.prompts)) as chunks:
         async for chunk in chunks:
-            choice = CompletionChoice(index=chunk.index, text=chunk.text, finish_reason=_finish_reason(chunk))
-            completion_tokens += chunk.tokens
-            yield plan.answer([choice]).model_dump_json(exclude=excluded)
-    if include_usage:
-        yield plan.answer([], plan.usage(completion_tokens)).model_dump_json()
+            count.add(chunk)
+            usage = count.usage_of(chunk.index) if body.continuous_usage else None
+            choice = plan.choice(chunk, begins=chunk.index not in begun)
+            begun.add(chunk.index)
+            yield plan.answer([choice], usage).model_dump_json(exclude=unasked)
+    if body.include_usage:
+        yield plan.answer([], count.usage()).model_dump_json()
 
 
-async def _token_ids(prompt: str | list[int], model: ServedModel) -> tuple[int, ...]:
+def unasked_fields(body: CompletionRequest) -> dict[str, Any]:
+    """What is left out of an answer, in pydantic's notation: fields that only those know who ask for them."""
+    unasked = set[str]()
+    if body.prompt_logprobs is None:
+        unasked |= {"prompt_logprobs"}
+    if not body.return_token_ids:
+        unasked |= {"token_ids", "prompt_token_ids"}
+    return {"choices": {"__all__": unasked}}
+
+
+def _scored_tokens(body: CompletionRequest) -> int | None:
+    """How many alternatives to the prompt's tokens the engine is asked for. Where it makes no text, it scores them."""
+    asked = [body.prompt_logprobs, body.logprobs if body.echo else None, 0 if body.max_tokens == 0 else None]
+    return max((count for count in asked if count is not None), default=None)
+
+
+async def _prompt(
+    prompt: str | list[int], body: CompletionRequest, model: ServedModel
+) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+    """The token ids of a prompt, its text and where in it each token begins; the latter two only if they are wanted."""
     if isinstance(prompt, str):
-        try:
-            # In a thread: a long text takes its time, and the other clients' tokens must not wait for it.
-            token_ids = await asyncio.to_thread(model.tokenizer.encode, prompt)
-        except UnicodeEncodeError:
-            message = "prompt holds half of a surrogate pair, which is no character"
-            raise ApiError(400, message, param="prompt") from None
+        whole = await encode_text(prompt, model, add_special_tokens=body.add_special_tokens)
     else:
-        token_ids = tuple(prompt)
-    if not token_ids:
-        raise ApiError(400, "prompt is empty, and this model's tokenizer puts no token in front of it", param="prompt")
-    vocabulary = model.engine.info.vocab_size
-    foreign = next((id for id in token_ids if not 0 <= id < vocabulary), None)
-    if foreign is not None:
-        message = f"prompt holds the token id {shortened(str(foreign))}; this model's ids are 0 to {vocabulary - 1}"
-        raise ApiError(400, message, param="prompt")
-    return token_ids
-
-
-def _check_length(prompt_tokens: int, max_tokens: int, context: int) -> None:
-    if prompt_tokens + max_tokens <= context:
-        return
-    raise ApiError(
-        400,
-        f"this model's context is {context} tokens; the prompt has {prompt_tokens} and max_tokens asks for "
-        f"{max_tokens} more",
-        param="max_tokens" if prompt_tokens < context else "prompt",
-        code="context_length_exceeded",
-    )
-
-
-def _finish_reason(chunk: TextChunk) -> Literal["stop", "length"] | None:
-    """OpenAI's word for it. An abort never gets here: it is an error."""
-    if chunk.finish_reason is None or chunk.finish_reason is FinishReason.ABORT:
-        return None
-    return cast(Literal["stop", "length"], chunk.finish_reason.value)
+        whole = tuple(prompt)
+        check_ids(whole, model, "prompt")
+    room = model.engine.info.context_length - body.max_tokens
+    token_ids = truncate(whole, body.truncate_prompt_tokens, body.truncation_side, room)
+    if not body.echo:
+        return token_ids, "", ()
+    as_sent = isinstance(prompt, str) and token_ids == whole
+    begins_text = body.truncation_side == "right" or token_ids == whole
+    skip = as_sent or body.skip_special_tokens
+    text, offsets = spelled(model.tokenizer, token_ids, skip_special_tokens=skip, begins_text=begins_text)
+    # A text comes back as it was sent, even where the tokenizer's normalizer has changed it.
+    echo = prompt if as_sent and isinstance(prompt, str) else text
+    return token_ids, echo, tuple(min(offset, len(echo)) for offset in offsets)

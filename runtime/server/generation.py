@@ -1,56 +1,48 @@
-"""One sequence, or several side by side, from an engine's tokens to pieces of text."""
+"""Prompts side by side, from an engine's tokens to pieces of text."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, replace
 
-from runtime.engine.base import FinishReason, GenerationRequest, TokenChunk
+from runtime.engine.base import FinishReason, GenerationError, GenerationRequest, TokenChunk, TokenLogprobs
 from runtime.server.catalog import ServedModel
 from runtime.server.errors import ApiError
 from runtime.server.telemetry import SequenceTimer
-from runtime.text.detokenizer import Detokenizer
-from runtime.text.stop import StopMatcher
-from runtime.text.tokenizer import Tokenizer
+from runtime.text.assembler import TextAssembler, TextChunk, TextOptions
 
 
 @dataclass(frozen=True, slots=True)
-class SequencePlan:
-    """A sequence to generate.
+class PromptPlan:
+    """A prompt to continue, in one or several ways.
 
     Attributes:
-        index: its place in the HTTP request.
+        first_choice: the place of its first sequence among the choices of the HTTP request; the others follow.
         request: what the engine needs.
         arrival: when the HTTP request arrived, by `time.perf_counter`.
-        stops: the strings that end its text.
+        text: how text is made of its tokens.
+        echo: the text of the prompt, and where each of its tokens begins there.
     """
 
-    index: int
+    first_choice: int
     request: GenerationRequest
     arrival: float
-    stops: tuple[str, ...] = ()
+    text: TextOptions
+    echo: str = ""
+    echo_offsets: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TextChunk:
-    """The next piece of a sequence. `text` may be empty: the tokens so far may end within a character."""
-
-    index: int
-    text: str
-    tokens: int
-    finish_reason: FinishReason | None = None
-
-
-async def generate(model: ServedModel, plans: Sequence[SequencePlan]) -> AsyncGenerator[TextChunk, None]:
+async def generate(model: ServedModel, plans: Sequence[PromptPlan]) -> AsyncGenerator[TextChunk, None]:
     """Runs all sequences at once and yields their pieces as they come. Closing it aborts what still runs.
 
     Raises:
         RequestRejectedError, EngineDeadError, GenerationError: see `Engine.generate`. One failed sequence ends all.
-        ApiError: the engine was told to shut down before the sequence was finished.
+        ApiError: the engine was told to shut down before the sequence was finished, or the request left no token
+            that could have come next.
     """
-    streams = [_generate_one(model, plan) for plan in plans]
+    streams = [_continue(model, plan) for plan in plans]
     # Most requests have one prompt, and need no task for each of its tokens.
     merged = streams[0] if len(streams) == 1 else _merge(streams)
     async with aclosing(merged):
@@ -58,49 +50,67 @@ async def generate(model: ServedModel, plans: Sequence[SequencePlan]) -> AsyncGe
             yield chunk
 
 
-async def _generate_one(model: ServedModel, plan: SequencePlan) -> AsyncGenerator[TextChunk, None]:
-    assembler = _TextAssembler(model.tokenizer, plan)
-    with SequenceTimer(model.telemetry, len(plan.request.prompt_token_ids), plan.arrival) as timer:
+async def _continue(model: ServedModel, plan: PromptPlan) -> AsyncGenerator[TextChunk, None]:
+    """The pieces of all sequences of one prompt."""
+    request = plan.request
+    unfinished = {i: TextAssembler(model.tokenizer, plan.text) for i in range(request.n)}
+    with ExitStack() as timing:
+        timers = [
+            # The engine computes a prompt once, however many sequences it gets.
+            timing.enter_context(SequenceTimer(model.telemetry, len(request.prompt_token_ids) * (i == 0), plan.arrival))
+            for i in range(request.n)
+        ]
         try:
-            async for token_chunk in model.engine.generate(plan.request):
+            chunks = model.engine.generate(request)
+            if request.sampling.prompt_logprobs is not None and request.n > 1:
+                chunks = _with_scored_prompt(chunks)
+            async for token_chunk in chunks:
+                child = token_chunk.index
+                if child not in unfinished:
+                    continue  # ended here by a stop string; the engine reports its abort
                 if token_chunk.finish_reason is FinishReason.ABORT:
                     raise ApiError(503, "the server is shutting down; the text is cut off", code="shutting_down")
-                chunk = assembler.accept(token_chunk)
-                timer.tokens(chunk.tokens)
+                chunk = unfinished[child].accept(token_chunk, plan.first_choice + child)
+                timers[child].tokens(len(chunk.token_ids))
                 if chunk.finish_reason is not None:
                     # Before the piece goes out: a client that has its whole answer finds it counted.
-                    timer.finished(chunk.finish_reason)
+                    timers[child].finished(chunk.finish_reason)
+                    del unfinished[child]
+                    if token_chunk.finish_reason is None and unfinished:
+                        await model.engine.abort(request.request_id, child)
                 yield chunk
-                if chunk.finish_reason is not None:
+                if not unfinished:
                     return
+        except GenerationError as error:
+            raise _blame(error, request) from error
         finally:
             # The engine does not know of stop strings, nor of clients that leave. It ignores ids that are done.
-            await model.engine.abort(plan.request.request_id)
+            await model.engine.abort(request.request_id)
 
 
-class _TextAssembler:
-    """Makes text of one sequence's tokens, and ends it at a stop string."""
+def _blame(error: GenerationError, request: GenerationRequest) -> Exception:
+    """The request's own fault, where it has narrowed down what may come until nothing was left."""
+    sampling = request.sampling
+    narrowed = sampling.guide is not None or sampling.allowed_token_ids is not None or sampling.banned_token_ids
+    if type(error) is GenerationError and (narrowed or sampling.min_tokens):
+        return ApiError(400, f"what the request demands of the text cannot be met: {error}", code="unsatisfiable")
+    return error
 
-    def __init__(self, tokenizer: Tokenizer, plan: SequencePlan) -> None:
-        self._index = plan.index
-        self._end_token_ids = plan.request.sampling.stop_token_ids
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopMatcher(plan.stops)
 
-    def accept(self, chunk: TokenChunk) -> TextChunk:
-        """The text of the next tokens, up to the stop string that they complete, if they do."""
-        text, tokens = "", 0
-        for token_id in chunk.token_ids:
-            tokens += 1
-            # Most end tokens have no text. Those that do have it left out: they end the text, as stop strings do.
-            if token_id not in self._end_token_ids:
-                text += self._stops.push(self._detokenizer.push(token_id))
-            if self._stops.matched is not None:
-                break
-        if chunk.finish_reason is not None:
-            text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-        reason = chunk.finish_reason if self._stops.matched is None else FinishReason.STOP
-        return TextChunk(self._index, text, tokens, reason)
+async def _with_scored_prompt(chunks: AsyncIterator[TokenChunk]) -> AsyncIterator[TokenChunk]:
+    """Each sequence's first chunk with the prompt's log-probabilities, which the engine tells sequence 0 only."""
+    scored: tuple[TokenLogprobs | None, ...] | None = None
+    begun: set[int] = set()
+    waiting: list[TokenChunk] = []
+    async for chunk in chunks:
+        if scored is None and chunk.prompt_logprobs is None and chunk.finish_reason is not FinishReason.ABORT:
+            waiting.append(chunk)
+            continue
+        scored = scored or chunk.prompt_logprobs
+        for ready in (chunk, *waiting):
+            yield ready if ready.index in begun else replace(ready, prompt_logprobs=scored)
+            begun.add(ready.index)
+        waiting = []
 
 
 async def _merge(streams: Sequence[AsyncGenerator[TextChunk, None]]) -> AsyncGenerator[TextChunk, None]:

@@ -15,9 +15,14 @@ class StopMatcher:
         matched: the stop string that was found, or None. Once set, no more text comes out.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        """Takes non-empty strings."""
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """Takes non-empty strings.
+
+        Args:
+            include: the text that goes out ends with the stop string rather than before it.
+        """
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
         self.matched: str | None = None
 
@@ -30,7 +35,7 @@ class StopMatcher:
         if found:
             end, _, self.matched = min(found)
             self._held = ""
-            return text[: end - len(self.matched)]
+            return text[:end] if self._include else text[: end - len(self.matched)]
         safe = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[safe:]
         return text[:safe]

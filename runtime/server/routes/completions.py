@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from runtime.server.completion import complete, plan_completion, stream
+from runtime.server.completion import complete, plan_completion, stream, unasked_fields
 from runtime.server.context import RouteContext
 from runtime.server.errors import require_json
 from runtime.server.schemas import Completion, CompletionRequest
@@ -19,9 +19,8 @@ async def create_completion(body: CompletionRequest, request: Request, context: 
     """Continues one or several prompts; as one answer, or as server-sent events with `stream`."""
     model = context.catalog.pick(body.model)
     limit = context.settings.prompt_limit
-    plan = await plan_completion(body, model, max_prompts=limit, arrival=request.state.arrival)
+    plan = await plan_completion(body, model, max_choices=limit, arrival=request.state.arrival)
     if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return await open_event_stream(request, stream(plan, include_usage=include_usage))
+        return await open_event_stream(request, stream(plan))
     completion = await unless_disconnected(request.receive, complete(plan))
-    return JSONResponse(completion.model_dump())
+    return JSONResponse(completion.model_dump(exclude=unasked_fields(body)))
