@@ -1,22 +1,18 @@
-"""The models that a server serves."""
+"""The models that a server serves, and whether it serves them yet, or still."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from enum import StrEnum
 from typing import Any
 
-from quant.format import read_config, read_provenance
 from runtime.engine.base import Engine
-from runtime.engine.registry import EngineOptions, load_engine
-from runtime.engine.scheduler import SchedulerLimits
-from runtime.model_store import recorded_quality, resolve_model
-from runtime.server.errors import ApiError, shortened
+from runtime.server.errors import RETRY_SOON, ApiError, shortened
 from runtime.server.schemas import ModelCard
-from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
+from runtime.server.telemetry_engine import MeteredEngine
 from runtime.text.tokenizer import Tokenizer
 
 
@@ -26,6 +22,7 @@ class ServedModel:
     Attributes:
         telemetry: where this model's sequences are recorded.
         card: what clients are told about it.
+        chat_template: the Jinja text that makes a prompt of a chat; None: there is none.
     """
 
     def __init__(
@@ -37,11 +34,13 @@ class ServedModel:
         *,
         scheme: dict[str, Any] | None = None,
         quality: dict[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> None:
         self.name = name
-        self.engine = engine
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
         self.telemetry = telemetry.of_model(name, engine)
+        self.engine: Engine = MeteredEngine(engine, self.telemetry)
         self.card = ModelCard(
             id=name,
             created=int(time.time()),
@@ -53,42 +52,45 @@ class ServedModel:
         )
 
 
-def load_model(settings: ServerSettings, telemetry: Telemetry) -> ServedModel:
-    """Finds, reads and starts the model that the settings name. Takes as long as reading its weights.
+class Phase(StrEnum):
+    """Where in its life a server is."""
 
-    Raises:
-        ModelNotFoundError, CheckpointError, TokenizerError: it does not exist or cannot be used.
-        UnknownEngineError, NativeLibraryError, KernelError: see `load_engine`.
-    """
-    path = resolve_model(settings.model)
-    name = settings.served_model_name or _short_name(settings.model, path)
-    _, quantization = read_config(path)
-    quality = recorded_quality(read_provenance(path))
-    tokenizer = Tokenizer.load(path)
-    # Last, when nothing else can fail: the engine starts a thread, which somebody would have to end.
-    limits, options = (
-        SchedulerLimits(max_waiting=settings.max_waiting),
-        EngineOptions(settings.threads, settings.kernel),
-    )
-    engine = load_engine(settings.engine, path, limits, options)
-    scheme = (quantization or {}).get("scheme")
-    return ServedModel(name, engine, tokenizer, telemetry, scheme=scheme, quality=quality)
-
-
-def _short_name(model: str, path: Path) -> str:
-    """What clients call a model by default: its name, or the last part of its directory."""
-    return path.resolve().name if Path(model).expanduser().is_dir() else model
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
 
 
 class ModelCatalog:
-    """Finds the model that a request means."""
+    """Finds the model that a request means.
 
-    def __init__(self, models: Iterable[ServedModel]) -> None:
-        """The first model is the one that requests without a `model` get."""
-        self._models = {model.name: model for model in models}
+    Attributes:
+        phase: requests are taken while `SERVING` only.
+    """
+
+    def __init__(self, models: Iterable[ServedModel] | None = None) -> None:
+        """The first model is the one that requests without a `model` get. None: they will come by `add`."""
+        self._models: dict[str, ServedModel] = {}
+        self.phase = Phase.LOADING
+        if models is not None:
+            for model in models:
+                self.add(model)
+            self.phase = Phase.SERVING
+
+    def add(self, model: ServedModel) -> None:
+        """Adds a model under a name of its own."""
+        self._models[model.name] = model
+
+    def require_serving(self) -> None:
+        """Raises `ApiError` 503 unless requests are taken."""
+        if self.phase is Phase.LOADING:
+            raise ApiError(503, "the server is still loading its models", code="model_loading", headers=RETRY_SOON)
+        if self.phase is Phase.DRAINING:
+            message = "the server is shutting down and takes no new requests"
+            raise ApiError(503, message, code="shutting_down", headers=RETRY_SOON)
 
     def pick(self, name: str | None) -> ServedModel:
-        """The model called `name`; raises `ApiError` 404 where there is none."""
+        """The model called `name`; raises `ApiError`: 404 where there is none, 503 while none is served."""
+        self.require_serving()
         if name is None:
             return next(iter(self))
         if name not in self._models:
@@ -97,13 +99,19 @@ class ModelCatalog:
         return self._models[name]
 
     def __iter__(self) -> Iterator[ServedModel]:
-        return iter(self._models.values())
+        return iter(list(self._models.values()))
 
     async def check_health(self) -> None:
-        """Raises `EngineDeadError` unless every engine can make progress."""
-        for model in self:
-            await model.engine.check_health()
+        """Raises `EngineDeadError` unless every engine can make progress. Engines that drain end by and by."""
+        if self.phase is Phase.DRAINING:
+            return
+        # All of them: a sick one fails its clients when it is asked.
+        outcomes = await asyncio.gather(*(model.engine.check_health() for model in self), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
 
     async def shutdown(self, drain_s: float) -> None:
         """Stops admitting; lets live requests finish for up to `drain_s` seconds, then aborts them."""
+        self.phase = Phase.DRAINING
         await asyncio.gather(*(model.engine.shutdown(drain_s) for model in self))

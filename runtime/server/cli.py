@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import click
 
-from runtime.server.settings import read_settings, settings_options
+from runtime.server.settings_options import SettingsCommand, read_settings, settings_options
 
 
-@click.command(short_help="Serve a model over an OpenAI-compatible HTTP API.")
-@settings_options(positional="model")
+@click.command(cls=SettingsCommand, short_help="Serve models over an OpenAI-compatible HTTP API.")
+@settings_options
 def serve(**options: Any) -> None:
-    """Serve MODEL over an OpenAI-compatible HTTP API.
+    """Serve MODELs over an OpenAI-compatible HTTP API.
 
-    MODEL is a directory, a Hugging Face name (owner/name, which is downloaded) or the name of a bundled model; left
-    out, it is the bundled demo model. Every option can also be set in the environment, as OSP_ and its name:
-    OSP_PORT=9000.
+    A MODEL is a directory, a Hugging Face name (owner/name, which is downloaded) or the name of a bundled model; left
+    out, it is the bundled demo model. NAME=MODEL says what clients call it: osp serve small=DIR1 large=DIR2.
+
+    Every option can also be set in the environment, as OSP_ and its name (OSP_PORT=9000), or by its name in the
+    YAML file of --config (port: 9000). The command line beats the environment, which beats the file.
     """
     settings = read_settings(options)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("runtime").setLevel(settings.log_level.upper())
     # Not at the top: `osp --help` shows this command too, and need not load a web server for it.
     from runtime.server.lifecycle import StartError, run_server
+    from runtime.server.logging_setup import configure_logging
 
+    configure_logging(settings)
     try:
         run_server(settings)
     except StartError as error:

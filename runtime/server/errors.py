@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from runtime.engine.base import (
     DrainingError,
@@ -20,6 +21,7 @@ from runtime.engine.base import (
     QueueFullError,
     RequestRejectedError,
 )
+from runtime.server.request_record import request_record
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ MAX_SUB_ERRORS = 10
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left; nobody reads it."""
 
-_RETRY_S = {"Retry-After": "1"}
+RETRY_SOON = {"Retry-After": "1"}
+_TYPES = {429: "rate_limit_error"}
 _MAX_NAME = 60
 
 
@@ -58,9 +61,16 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
+    @property
+    def reason(self) -> str:
+        """The code, or what the status means where there is none; for logs and metrics."""
+        if self.status == CLIENT_CLOSED_REQUEST:
+            return "client_closed_request"
+        return self.code or HTTPStatus(self.status).name.lower()
+
     def body(self) -> dict[str, Any]:
         """The JSON object."""
-        type_ = "invalid_request_error" if self.status < 500 else "server_error"
+        type_ = _TYPES.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
         # A name that the client sent may hold half a surrogate pair, which JSON can carry and UTF-8 cannot.
         message = str(self).encode(errors="replace").decode()
         param = self.param and self.param.encode(errors="replace").decode()
@@ -68,7 +78,22 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about `error`; of an error nobody foresaw, only that there was one."""
+    """What a client is told about `error`; of an error nobody foresaw, only that there was one.
+
+    The request's record notes it, so that logs and metrics tell the same.
+    """
+    answer = _answer(error)
+    request_record().error = answer.reason
+    return answer
+
+
+async def send_error(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request with an error, from outside of the routes."""
+    answer = as_api_error(error)
+    await JSONResponse(answer.body(), answer.status, answer.headers)(scope, receive, send)
+
+
+def _answer(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
@@ -77,9 +102,9 @@ def as_api_error(error: Exception) -> ApiError:
         case HTTPException():
             return ApiError(error.status_code, _routing_message(error), headers=error.headers)
         case QueueFullError():
-            return ApiError(503, str(error), code="queue_full", headers=_RETRY_S)
+            return ApiError(503, str(error), code="queue_full", headers=RETRY_SOON)
         case DrainingError():
-            return ApiError(503, str(error), code="shutting_down")
+            return ApiError(503, str(error), code="shutting_down", headers=RETRY_SOON)
         case RequestRejectedError():
             return ApiError(400, str(error), code="request_rejected")
         case EngineDeadError():
@@ -98,8 +123,8 @@ def install_error_handlers(app: FastAPI) -> None:
         return JSONResponse(answer.body(), answer.status, answer.headers)
 
     foreseen = (ApiError, RequestValidationError, HTTPException, RequestRejectedError, EngineDeadError, GenerationError)
-    # The last one catches what nobody foresaw; Starlette raises it again after the answer, so that it is logged.
-    for kind in (*foreseen, Exception):
+    # What nobody foresaw goes on to the outermost middleware, `runtime.server.middleware`, which logs it.
+    for kind in foreseen:
         app.add_exception_handler(kind, handle)
 
 

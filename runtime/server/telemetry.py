@@ -1,111 +1,103 @@
-"""What Prometheus sees: vLLM's metrics under its names, with the prefix `osp_` for `vllm:`.
+"""What Prometheus sees of a server and its models.
 
-As there, a "request" is one sequence: a request with three prompts counts as three.
+As in vLLM, a "request" is one sequence: a request with three prompts counts as three. An HTTP request is called one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import perf_counter
 from typing import Self
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.types import ASGIApp, Receive, Scope, Send
+from prometheus_client import generate_latest
 
-from runtime.engine.base import Engine, EngineStats, FinishReason, RequestRejectedError
-
-LABELS = ("model_name", "engine", "precision")
-LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-"""From a millisecond, a token of a small model, to minutes, a long answer of a large one."""
+from runtime.engine.base import Engine, EngineDeadError, FinishReason, GenerationError, RequestRejectedError
+from runtime.server.request_record import RequestRecord, request_record
+from runtime.server.telemetry_metrics import ERROR, Metrics
 
 
 class Telemetry:
-    """The metrics of one server, in a registry of their own."""
+    """The metrics of one server."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-
-        def histogram(name: str, help: str) -> Histogram:
-            return Histogram(name, help, LABELS, buckets=LATENCY_BUCKETS_S, registry=self._registry)
-
-        def counter(name: str, help: str, *labels: str) -> Counter:
-            return Counter(name, help, (*LABELS, *labels), registry=self._registry)
-
-        def gauge(name: str, help: str) -> Gauge:
-            return Gauge(name, help, LABELS, registry=self._registry)
-
-        self.time_to_first_token = histogram("osp_time_to_first_token_seconds", "From arrival to the first token.")
-        self.inter_token_latency = histogram("osp_inter_token_latency_seconds", "Between tokens of a sequence.")
-        self.e2e_latency = histogram("osp_e2e_request_latency_seconds", "From arrival to the last token.")
-        self.prompt_tokens = counter("osp_prompt_tokens_total", "Prompt tokens of sequences that got a token.")
-        self.generation_tokens = counter("osp_generation_tokens_total", "Tokens generated.")
-        self.success = counter("osp_request_success_total", "Ended sequences, by reason.", "finished_reason")
-        self.running = gauge("osp_num_requests_running", "Sequences in the running batch.")
-        self.waiting = gauge("osp_num_requests_waiting", "Sequences that wait to be run.")
-        self.kv_usage = gauge("osp_kv_cache_usage_perc", "Share of KV cache blocks in use; 1 is all.")
+        self.metrics = Metrics()
 
     def of_model(self, name: str, engine: Engine) -> ModelTelemetry:
         """The metrics of one served model."""
-        return ModelTelemetry(self, name, engine)
+        return ModelTelemetry(self.metrics, name, engine)
+
+    def answered(self, record: RequestRecord) -> None:
+        """Counts an HTTP request that is over."""
+        status = record.status or 0
+        # Of paths that are no routes there are any number.
+        self.metrics.http_requests.labels(record.route or "none", record.method, str(status)).inc()
+        if status >= 400 and record.error is not None:
+            self.metrics.rejected.labels(record.error).inc()
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format. Reads the engines' stats: call it from their event loop."""
-        return generate_latest(self._registry)
+        return generate_latest(self.metrics.registry)
 
 
 class ModelTelemetry:
     """The metrics with one model's labels filled in."""
 
-    def __init__(self, telemetry: Telemetry, name: str, engine: Engine) -> None:
-        labels = (name, engine.info.engine, engine.info.precision)
-        self.time_to_first_token = telemetry.time_to_first_token.labels(*labels)
-        self.inter_token_latency = telemetry.inter_token_latency.labels(*labels)
-        self.e2e_latency = telemetry.e2e_latency.labels(*labels)
-        self.prompt_tokens = telemetry.prompt_tokens.labels(*labels)
-        self.generation_tokens = telemetry.generation_tokens.labels(*labels)
+    def __init__(self, metrics: Metrics, name: str, engine: Engine) -> None:
+        info = engine.info
+        labels = (name, info.engine, info.precision)
+        self.model_name = name
+        self.time_to_first_token = metrics.time_to_first_token.labels(*labels)
+        self.inter_token_latency = metrics.inter_token_latency.labels(*labels)
+        self.time_per_output_token = metrics.time_per_output_token.labels(*labels)
+        self.e2e_latency = metrics.e2e_latency.labels(*labels)
+        self.queue_time = metrics.queue_time.labels(*labels)
+        self.prefill_time = metrics.prefill_time.labels(*labels)
+        self.decode_time = metrics.decode_time.labels(*labels)
+        self.request_prompt_tokens = metrics.request_prompt_tokens.labels(*labels)
+        self.request_generation_tokens = metrics.request_generation_tokens.labels(*labels)
+        self.request_max_tokens = metrics.request_max_tokens.labels(*labels)
+        self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
+        self.prompt_tokens_cached = metrics.prompt_tokens_cached.labels(*labels)
+        self.generation_tokens = metrics.generation_tokens.labels(*labels)
+        self.corrupted = metrics.corrupted.labels(*labels)
         # All of them exist from the start, so that a rate over a scrape interval misses no first event.
-        self.success = {reason: telemetry.success.labels(*labels, reason) for reason in FinishReason}
+        self.success = {reason: metrics.success.labels(*labels, reason) for reason in (*FinishReason, ERROR)}
 
-        def follow(gauge: Gauge, value: Callable[[EngineStats], float]) -> None:
-            gauge.labels(*labels).set_function(lambda: value(engine.stats()))
+        metrics.engine_info.labels(*labels, info.context_length, info.vocab_size).set(1)
+        metrics.engine_stats.follow(labels, engine.stats)
+        step_time, step_tokens = metrics.step_time.labels(*labels), metrics.step_tokens.labels(*labels)
 
-        follow(telemetry.running, lambda stats: stats.running)
-        follow(telemetry.waiting, lambda stats: stats.waiting)
-        follow(telemetry.kv_usage, lambda stats: stats.kv_usage)
+        def observe_step(seconds: float, tokens: int) -> None:
+            step_time.observe(seconds)
+            step_tokens.observe(tokens)
 
-
-class ArrivalClock:
-    """ASGI middleware: puts the time of a request's arrival, before its body is read, into `request.state.arrival`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope.setdefault("state", {})["arrival"] = perf_counter()
-        await self._app(scope, receive, send)
+        engine.observe_steps(observe_step)
 
 
 class SequenceTimer:
-    """Records one sequence, from its arrival to its end. A context; leaving it early counts as an abort.
+    """Records one sequence, from its arrival to its end. A context; leaving it early counts as an abort or an error.
 
     A sequence that the engine would not take is not recorded at all.
     """
 
     def __init__(self, telemetry: ModelTelemetry, prompt_tokens: int, arrival: float) -> None:
+        """Takes the tokens of the prompt, or 0 if another sequence of the same prompt counts them."""
         self._telemetry = telemetry
+        self._record = request_record()
         self._prompt_tokens = prompt_tokens
         self._arrival = arrival
+        self._first_token: float | None = None
         self._last_token: float | None = None
+        self._tokens = 0
         self._finished = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        rejected = kind is not None and issubclass(kind, RequestRejectedError)
-        if not self._finished and not rejected:
-            self.finished(FinishReason.ABORT)
+        if self._finished or (kind is not None and issubclass(kind, RequestRejectedError)):
+            return
+        failed = kind is not None and issubclass(kind, (GenerationError, EngineDeadError))
+        self._ended(ERROR if failed else FinishReason.ABORT)
 
     def tokens(self, count: int) -> None:
         """`count` tokens have come, at the same time."""
@@ -113,16 +105,37 @@ class SequenceTimer:
             return
         now = perf_counter()
         if self._last_token is None:
+            self._first_token = now
             self._telemetry.time_to_first_token.observe(now - self._arrival)
-            self._telemetry.prompt_tokens.inc(self._prompt_tokens)
+            self._count_prompt()
         else:
             self._telemetry.inter_token_latency.observe(now - self._last_token)
         self._telemetry.generation_tokens.inc(count)
+        self._record.count_completion(count)
+        self._tokens += count
         self._last_token = now
 
     def finished(self, reason: FinishReason) -> None:
         """The sequence has ended. Of aborted ones only the number is kept: their times say nothing."""
+        self._ended(reason)
+        if reason is FinishReason.ABORT:
+            return
+        if self._first_token is None:  # a prompt that was only scored
+            self._count_prompt()
+        self._telemetry.e2e_latency.observe(perf_counter() - self._arrival)
+        self._telemetry.request_generation_tokens.observe(self._tokens)
+        if self._first_token is None or self._last_token is None:
+            return
+        decode_time = self._last_token - self._first_token
+        self._telemetry.decode_time.observe(decode_time)
+        if self._tokens > 1:
+            self._telemetry.time_per_output_token.observe(decode_time / (self._tokens - 1))
+
+    def _count_prompt(self) -> None:
+        self._telemetry.prompt_tokens.inc(self._prompt_tokens)
+        self._record.count_prompt(self._prompt_tokens)
+
+    def _ended(self, reason: str) -> None:
         self._finished = True
         self._telemetry.success[reason].inc()
-        if reason is not FinishReason.ABORT:
-            self._telemetry.e2e_latency.observe(perf_counter() - self._arrival)
+        self._record.finish_reasons.append(str(reason))

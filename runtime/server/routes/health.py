@@ -1,8 +1,6 @@
-"""`GET /health` and `GET /version`, for operators."""
+"""`GET /health` and `GET /ready`, for supervisors and load balancers. They need no API key."""
 
 from __future__ import annotations
-
-from importlib.metadata import version
 
 from fastapi import APIRouter
 
@@ -13,12 +11,14 @@ router = APIRouter(tags=["operation"])
 
 @router.get("/health")
 async def health(context: RouteContext) -> dict[str, str]:
-    """200 while every engine can make progress, 503 once one cannot: then restart the process."""
+    """200 while the process can do its work, or loads or drains; 503 once an engine cannot: then restart it."""
     await context.catalog.check_health()
     return {"status": "ok"}
 
 
-@router.get("/version")
-async def get_version() -> dict[str, str]:
-    """The version of this server."""
-    return {"version": version("osp-runtime")}
+@router.get("/ready")
+async def ready(context: RouteContext) -> dict[str, str]:
+    """200 while requests are taken; 503 while models are loaded, while the server drains, and when it is unhealthy."""
+    context.catalog.require_serving()
+    await context.catalog.check_health()
+    return {"status": "ready"}

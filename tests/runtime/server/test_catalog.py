@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import decoders
 
 from quant.llama import CheckpointError
-from runtime.server.catalog import ModelCatalog, load_model
+from runtime.server.catalog import ModelCatalog
+from runtime.server.model_loading import load_models
 from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
 from runtime.text.tokenizer import TokenizerError
@@ -51,13 +52,13 @@ def test_a_model_that_cannot_be_loaded_leaves_no_engine_behind(model: Path, dama
     damage(model)
     before = set(threading.enumerate())
     with pytest.raises((TokenizerError, CheckpointError)):
-        load_model(ServerSettings(model=str(model)), Telemetry())
+        list(load_models(ServerSettings(model=str(model)), Telemetry()))
     assert set(threading.enumerate()) == before
 
 
 @pytest.mark.parametrize("quality", ["good", ["good"], 5, None, {"ratio": 1.5}])
 def test_the_card_has_a_quality_only_where_it_is_an_object(model: Path, quality: object) -> None:
     (model / "osp.json").write_text(json.dumps({"quality": quality}))
-    served = load_model(ServerSettings(model=str(model)), Telemetry())
+    [served] = load_models(ServerSettings(model=str(model)), Telemetry())
     asyncio.run(ModelCatalog([served]).shutdown(0))
     assert served.card.quality == (quality if isinstance(quality, dict) else None)

@@ -1,0 +1,122 @@
+"""From the names on the command line to models that can be served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.format import read_config, read_provenance
+from quant.llama import CheckpointError
+from runtime.engine.registry import EngineOptions, load_engine
+from runtime.engine.scheduler import SchedulerLimits
+from runtime.model_store import ModelNotFoundError, recorded_quality, resolve_model
+from runtime.server.catalog import ServedModel
+from runtime.server.settings import ServerSettings
+from runtime.server.telemetry import Telemetry
+from runtime.text.tokenizer import Tokenizer
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """A model that is to be served: the name for clients, and where it lies."""
+
+    name: str
+    path: Path
+
+
+def choose_models(settings: ServerSettings) -> list[ModelChoice]:
+    """The models that the settings name, found (and downloaded) but not read.
+
+    Raises:
+        ModelNotFoundError: one does not exist, or two would go by one name.
+    """
+    choices: dict[str, ModelChoice] = {}
+    for text in settings.model:
+        given, separator, model = text.partition("=")
+        name, model = (given, model) if separator else (None, text)
+        path = resolve_model(model)
+        name = settings.served_model_name or name or _short_name(model, path)
+        if name in choices:
+            raise ModelNotFoundError(f"two models would be called {name!r}; give them names of their own: NAME=MODEL")
+        choices[name] = ModelChoice(name, path)
+    return list(choices.values())
+
+
+def load_models(settings: ServerSettings, telemetry: Telemetry) -> Iterator[ServedModel]:
+    """Reads and starts the models of the settings, one after the other. Takes as long as reading their weights.
+
+    Raises:
+        ModelNotFoundError, CheckpointError, TokenizerError: a model does not exist or cannot be used.
+        UnknownEngineError, NativeLibraryError, KernelError: see `load_engine`.
+    """
+    override = _read_override(settings.chat_template)
+    for choice in choose_models(settings):
+        yield _load(choice, settings, telemetry, override)
+
+
+def _load(choice: ModelChoice, settings: ServerSettings, telemetry: Telemetry, template: str | None) -> ServedModel:
+    _, quantization = read_config(choice.path)
+    quality = recorded_quality(read_provenance(choice.path))
+    tokenizer = Tokenizer.load(choice.path)
+    chat_template = template if template is not None else read_chat_template(choice.path)
+    limits = SchedulerLimits(max_waiting=settings.max_waiting, step_timeout_s=settings.stall_timeout)
+    options = EngineOptions(settings.threads, settings.kernel)
+    # Last, when nothing else can fail: the engine starts a thread, which somebody would have to end.
+    engine = load_engine(settings.engine, choice.path, limits, options)
+    scheme = (quantization or {}).get("scheme")
+    return ServedModel(
+        choice.name, engine, tokenizer, telemetry, scheme=scheme, quality=quality, chat_template=chat_template
+    )
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """The chat template of a checkpoint, found as transformers finds it; None: it has none.
+
+    `chat_template.jinja` goes before `tokenizer_config.json`. Where the latter lists several templates by name, it is
+    the one called "default".
+
+    Raises:
+        CheckpointError: a file cannot be read, or has something else in the template's place.
+    """
+    if (directory / TEMPLATE_FILE).exists():
+        return _read(directory, TEMPLATE_FILE)
+    if not (directory / "tokenizer_config.json").exists():
+        return None
+    try:
+        config = json.loads(_read(directory, "tokenizer_config.json"))
+    except (ValueError, RecursionError):
+        raise CheckpointError(directory, "tokenizer_config.json cannot be read: it is no JSON") from None
+    template: Any = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(template, list):
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(directory, "tokenizer_config.json has a chat_template that is no text")
+    return template
+
+
+def _read_override(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ModelNotFoundError(f"the chat template {file} cannot be read: {reason}") from None
+
+
+def _read(directory: Path, name: str) -> str:
+    try:
+        return (directory / name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(directory, f"{name} cannot be read: {error}") from None
+
+
+def _short_name(model: str, path: Path) -> str:
+    """What clients call a model by default: its name, or the last part of its directory."""
+    return path.resolve().name if Path(model).expanduser().is_dir() else model
