@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <functional>
 
+#include "hadamard.hpp"
 #include "kernel_cases.hpp"
 
 namespace kernel_test {
@@ -197,16 +198,16 @@ void check_rotate(const Values& x) {
 // Any signs do: the kernel does not ask whether they make a Hadamard matrix.
 void check_hadamard(int blocks, int base, int power) {
     const int count = base * power;
-    Values x(static_cast<std::size_t>(blocks) * count), signs(static_cast<std::size_t>(base) * base);
+    Values x(static_cast<std::size_t>(blocks) * count);
+    std::vector<std::int8_t> signs(static_cast<std::size_t>(base) * base);
     Random random(static_cast<unsigned>(count));
     random.numbers(x.data(), x.size());
-    for (float& sign : signs) sign = random.integer(0, 1) == 0 ? -1.0f : 1.0f;
-    const float scale = 1 / std::sqrt(static_cast<float>(count));
+    for (std::int8_t& sign : signs) sign = random.integer(0, 1) == 0 ? -1 : 1;
+    const Hadamard transform(blocks, base, power, signs.data());
+    const HadamardPlan plan = transform.plan();
     const auto run = [&](const Kernel& kernel) {
-        const Exact<float> exact_signs(signs.data(), signs.size());
-        Exact<float> y(x.data(), x.size()), scratch(count);
-        kernel.hadamard({blocks, base, power, base > 1 ? exact_signs.data() : nullptr, scale}, y.data(),
-                        scratch.data());
+        Exact<float> y(x.data(), x.size()), scratch(hadamard_scratch(base, power));
+        kernel.hadamard(plan, y.data(), scratch.data());
         return Values(y.data(), y.data() + y.size());
     };
     const Values y = run(*available_kernels().front());
@@ -219,7 +220,7 @@ void check_hadamard(int blocks, int base, int power) {
                         const double sign = __builtin_parity(static_cast<unsigned>(j & q)) ? -1 : 1;
                         sum += (base > 1 ? signs[i * base + p] : 1) * sign * x[b * count + p * power + q];
                     }
-                CHECK(near(y[b * count + i * power + j], sum * scale, 1e-5, 1e-6), "hadamard %d x %d x %d", blocks,
+                CHECK(near(y[b * count + i * power + j], sum * plan.scale, 1e-5, 1e-6), "hadamard %d x %d x %d", blocks,
                       base, power);
             }
     check_agreement(true, "hadamard", run);

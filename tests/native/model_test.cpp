@@ -60,11 +60,9 @@ void set(Model& model, Linear& linear, const Case& c, int rows, int columns, std
 }
 
 osp::Hadamard sylvester(int width) {  // blocks of the largest power of two
-    osp::Hadamard hadamard;
+    const std::int8_t sign = 1;
     const int power = width & -width;
-    hadamard.signs = {1.0f};
-    hadamard.plan = {width / power, 1, power, hadamard.signs.data(), 1 / std::sqrt(static_cast<float>(power))};
-    return hadamard;
+    return {width / power, 1, power, &sign};
 }
 
 void fill(Model& model, const Case& c) {

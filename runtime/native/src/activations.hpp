@@ -6,11 +6,17 @@
 
 namespace osp {
 
+// Whole vectors, and not a multiple of 1,024: rows that lie a multiple of a page apart compete for few lines of the cache.
+constexpr int stride_of(int width) {
+    const int whole = (width + kLanes - 1) / kLanes * kLanes;
+    return whole % 1024 == 0 ? whole + kLanes : whole;
+}
+
 // Rows of floats, [rows, stride]. What lies between the width and the stride is zero and stays so.
 struct FloatPlane {
     FloatPlane(int rows, int width)
         : width(width),
-          stride((width + kLanes - 1) / kLanes * kLanes),
+          stride(stride_of(width)),
           memory(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride) * sizeof(float)) {}
     float* row(int n) const {
         return memory.as<float>() + static_cast<std::size_t>(n) * static_cast<std::size_t>(stride);

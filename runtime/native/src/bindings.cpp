@@ -6,7 +6,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -70,14 +69,10 @@ PackedMatrix pack(Model& model, const std::string& name, int rows, int columns, 
 }
 
 Hadamard hadamard_of(int blocks, int base, int power, Signs signs) {
-    if (blocks < 1 || base < 1 || power < 1 || signs.shape(0) != static_cast<std::size_t>(base) ||
+    if (base < 1 || signs.shape(0) != static_cast<std::size_t>(base) ||
         signs.shape(1) != static_cast<std::size_t>(base))
-        throw std::invalid_argument("a Hadamard transform of no size, or with other signs than its base has");
-    Hadamard hadamard;
-    hadamard.signs.assign(signs.data(), signs.data() + signs.size());
-    const double order = static_cast<double>(base) * power;
-    hadamard.plan = {blocks, base, power, hadamard.signs.data(), static_cast<float>(1 / std::sqrt(order))};
-    return hadamard;
+        throw std::invalid_argument("a Hadamard transform with other signs than its base has");
+    return {blocks, base, power, signs.data()};
 }
 
 Batch batch_of(const Indices& tokens, const Indices& starts, const Indices& lengths, const Indices& logits,

@@ -80,9 +80,17 @@ struct Attention {
 // A Hadamard transform of `blocks * base * power` channels, see quant/hadamard.py.
 struct HadamardPlan {
     int blocks, base, power;
-    const float* signs;  // [base][base] of +1 and -1, or null where base is 1
-    float scale;         // 1 / sqrt(base * power)
+    const std::uint8_t*
+        combinations;  // [base][base / 4]: bit i of a row's g-th is set where channel 4 g + i is subtracted
+    float scale;       // 1 / sqrt(base * power)
 };
+
+constexpr int kLargestBase = 512;
+
+// Floats of scratch for the transform: the 16 sums and differences of every four vectors, and the outcome of a block.
+constexpr std::size_t hadamard_scratch(int base, int power) {
+    return static_cast<std::size_t>(base) * static_cast<std::size_t>(4 * kLanes + power);
+}
 
 struct Kernel {
     const char* name;
@@ -105,7 +113,7 @@ struct Kernel {
     // y = gate / (1 + exp(-gate)) * up
     void (*swiglu)(const float* gate, const float* up, int width, float* y);
     void (*add)(const float* x, int width, float* sum);
-    // In place; scratch holds base * power floats.
+    // In place; scratch holds hadamard_scratch(base, power) floats, 64-byte aligned.
     void (*hadamard)(const HadamardPlan& plan, float* x, float* scratch);
     // Rotary embedding of one head in place: channel i turns with i + C/2 by cosine[i], sine[i].
     void (*rotate)(float* head, const float* cosine, const float* sine, int channels);

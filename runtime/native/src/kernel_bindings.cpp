@@ -180,10 +180,10 @@ Output<float> hadamard(const Kernel& kernel, Floats2 x, int blocks, int base, in
     require(signs.shape(0) == order && signs.shape(1) == order, "signs is not [base, base]");
     const std::size_t count = order * static_cast<std::size_t>(power);
     require(x.shape(1) == count * static_cast<std::size_t>(blocks), "x is not blocks * base * power wide");
-    std::vector<float> scratch(count), floats(signs.data(), signs.data() + signs.size());
-    const HadamardPlan plan = {blocks, base, power, floats.data(),
-                               static_cast<float>(1 / std::sqrt(static_cast<double>(count)))};
-    return changed(x, [&](std::size_t, float* y) { kernel.hadamard(plan, y, scratch.data()); });
+    const Hadamard transform(blocks, base, power, signs.data());
+    const HadamardPlan plan = transform.plan();
+    Buffer scratch(hadamard_scratch(base, power) * sizeof(float));
+    return changed(x, [&](std::size_t, float* y) { kernel.hadamard(plan, y, scratch.as<float>()); });
 }
 
 Output<float> rotate(const Kernel& kernel, Floats2 x, Floats2 cosine, Floats2 sine) {

@@ -90,8 +90,7 @@ void Model::check_weights() const {
         check_linear(block.at(Site::kDown), layer + "down", s.width, s.inner);
         check_norm(block.attention_norm, layer + "attention norm", s.width);
         check_norm(block.ffn_norm, layer + "feed-forward norm", s.width);
-        const HadamardPlan& plan = weights_.ffn.plan;
-        if (block.at(Site::kDown).rotated && plan.blocks * plan.base * plan.power != s.inner)
+        if (block.at(Site::kDown).rotated && weights_.ffn.width() != s.inner)
             throw wrong(layer + "down is rotated, but the FFN Hadamard transform was not set for its width");
     }
     check_linear(weights_.head, "head", s.vocabulary, s.width);
@@ -100,8 +99,7 @@ void Model::check_weights() const {
     check_norm(weights_.final_norm, "final norm", s.width);
     if (weights_.rotary_frequencies.size() != static_cast<std::size_t>(s.head_dim / 2))
         throw wrong("the rotary frequencies were not set");
-    const HadamardPlan& plan = weights_.queries_and_keys.plan;
-    if (plan.base > 0 && plan.blocks * plan.base * plan.power != s.head_dim)
+    if (weights_.queries_and_keys && weights_.queries_and_keys.width() != s.head_dim)
         throw wrong("the Hadamard transform of queries and keys has another width than a head");
 }
 

@@ -124,18 +124,40 @@ void butterflies(float* x, int count, int power) {
             }
 }
 
-// y[i, j] = sum over p, first to last, of signs[i, p] * x[p, j], `rows` of the i at a time.
-template <int rows>
-void mix_rows(const float* signs, int base, int power, const float* x, float* y) {
+// Of four vectors, the 16 sums (a ± b) + (c ± d) with every choice of signs: bit i of the index negates the i-th.
+OSP_INLINE void combine_four(Floats a, Floats b, Floats c, Floats d, float* sums) {
+    const Floats left[2] = {a + b, a - b}, right[2] = {c + d, c - d};
+    OSP_UNROLL
+    for (int bits = 0; bits < 8; ++bits) {  // b, c and d; with a's sign all four turn
+        const Floats first = left[bits & 1], second = right[(bits >> 1 ^ bits >> 2) & 1];
+        const Floats sum = bits & 2 ? first - second : first + second;
+        store(sums + (bits << 1) * kLanes, sum);
+        store(sums + (~(bits << 1) & 15) * kLanes, Floats{} - sum);
+    }
+}
+
+// The part of the base matrix: each output is the sum, first to last, of a combination of every four channels. With a
+// table of the combinations that is a quarter of the additions.
+void mix(const HadamardPlan& plan, const float* x, float* table, float* y) {
+    const int base = plan.base, power = plan.power, groups = base / 4;
     for (int j = 0; j < power; j += kLanes) {
-        Floats sums[rows] = {};
-        for (int p = 0; p < base; ++p) {
-            const Floats v = load_first(x + p * power + j, power - j);
-            OSP_UNROLL
-            for (int i = 0; i < rows; ++i) sums[i] = multiply_add(broadcast(signs[i * base + p]), v, sums[i]);
+        const int left = power - j;
+        for (int g = 0; g < groups; ++g) {
+            const float* four = x + 4 * g * power + j;
+            combine_four(load_first(four, left), load_first(four + power, left), load_first(four + 2 * power, left),
+                         load_first(four + 3 * power, left), table + g * 16 * kLanes);
         }
-        OSP_UNROLL
-        for (int i = 0; i < rows; ++i) store_first(y + i * power + j, sums[i], power - j);
+        for (int i = 0; i < base; i += 4) {  // four at a time, for their additions to overlap
+            const std::uint8_t* chosen = plan.combinations + i * groups;
+            Floats sums[4] = {};
+            for (int g = 0; g < groups; ++g) {
+                OSP_UNROLL
+                for (int r = 0; r < 4; ++r)
+                    sums[r] = sums[r] + load(table + (g * 16 + chosen[r * groups + g]) * kLanes);
+            }
+            OSP_UNROLL
+            for (int r = 0; r < 4; ++r) store_first(y + (i + r) * power + j, sums[r], left);
+        }
     }
 }
 
@@ -145,12 +167,9 @@ void hadamard(const HadamardPlan& plan, float* x, float* scratch) {
     const Floats scale = broadcast(plan.scale);
     for (int block = 0; block < plan.blocks; ++block, x += count) {
         if (plan.base > 1) {
-            int i = 0;
-            for (; i + 8 <= plan.base; i += 8)
-                mix_rows<8>(plan.signs + i * plan.base, plan.base, plan.power, x, scratch + i * plan.power);
-            for (; i < plan.base; ++i)
-                mix_rows<1>(plan.signs + i * plan.base, plan.base, plan.power, x, scratch + i * plan.power);
-            std::memcpy(x, scratch, static_cast<std::size_t>(count) * sizeof(float));
+            float* mixed = scratch + plan.base * 4 * kLanes;
+            mix(plan, x, scratch, mixed);
+            std::memcpy(x, mixed, static_cast<std::size_t>(count) * sizeof(float));
         }
         for (int i = 0; i < count; i += kLanes) store_first(x + i, load_first(x + i, count - i) * scale, count - i);
     }

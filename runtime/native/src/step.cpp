@@ -11,10 +11,10 @@ constexpr int kRowsOfTile = 4;                 // rows that a chunk prepares
 constexpr std::size_t kChunkBytes = 48 << 10;  // of weights that a chunk reads, where there are few rows
 constexpr std::size_t kSmallChunkBytes = 8 << 10;
 constexpr int kChunksOfThread = 8;
-constexpr int kOutputsOfChunk = 1024;   // rows times panels
-constexpr int kTokensOfTile = 16;       // tokens of a slice that a chunk attends for
-constexpr int kPositionsOfTile = 2048;  // a chunk takes more heads while these times positions are fewer
-constexpr int kFewRows = 4;             // so many rows are prepared by one thread
+constexpr int kOutputsOfChunk = 1024;              // rows times panels
+constexpr int kTokensOfTile = 16;                  // tokens of a slice that a chunk attends for
+constexpr int kPositionsOfTile = 2048;             // a chunk takes more heads while these times positions are fewer
+constexpr int kFewRows = 4;                        // so many rows are prepared by one thread
 
 std::size_t lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -59,12 +59,20 @@ void multiply_rows(const Kernel& kernel, const Linear& linear, const InputPlane&
 
 }  // namespace
 
+// Floats of scratch for the transform of any width up to this one.
+static std::size_t hadamard_room(int width) {
+    return hadamard_scratch(std::min(width, kLargestBase), 1) + static_cast<std::size_t>(width);
+}
+
 std::size_t scratch_bytes(const Shape& shape, int max_positions, int rows) {
     const int widest = std::max({shape.width, shape.inner, shape.queries()});
-    const std::size_t stride = static_cast<std::size_t>((widest + kLanes - 1) / kLanes * kLanes);
-    const std::size_t preparing = PreparedRow::bytes(static_cast<int>(stride)) * kRowsOfTile + stride * sizeof(float);
+    const auto stride = static_cast<std::size_t>(stride_of(widest));
+    const std::size_t preparing =
+        PreparedRow::bytes(static_cast<int>(stride)) * kRowsOfTile + hadamard_room(widest) * sizeof(float);
     const std::size_t placing =
-        static_cast<std::size_t>(shape.queries() + shape.keys() + 2 * shape.head_dim) * sizeof(float) * kRowsOfTile;
+        (static_cast<std::size_t>(shape.queries() + shape.keys()) * kRowsOfTile + hadamard_room(shape.head_dim)) *
+            sizeof(float) +
+        64;
     const std::size_t multiplying =
         2 * sizeof(float) * kLanes * static_cast<std::size_t>(std::max(kOutputsOfChunk, 2 * rows));
     const std::size_t attending =
@@ -91,35 +99,41 @@ StepBuilder::StepBuilder(Model& model, const Batch& batch)
 // What phases hold must outlive this builder: a late thread may still be in them after `Model::step` has returned. So
 // they refer to the plan, which they share, and to parts of the model, which waits for its threads before it goes.
 std::vector<Phase> StepBuilder::build() {
-    const Weights& weights = model_.weights_;
-    Model::Activations& a = activations_;
     embed();
-    const int layers = model_.shape_.layers;
-    for (int layer = 0; layer < layers; ++layer) {
-        const Block& block = weights.blocks[static_cast<std::size_t>(layer)];
-        const Linear &q = block.at(Site::kQ), &k = block.at(Site::kK), &v = block.at(Site::kV), &o = block.at(Site::kO);
-        const Linear &gate = block.at(Site::kGate), &up = block.at(Site::kUp), &down = block.at(Site::kDown);
-        prepare(*residual_, a.hidden, block.attention_norm.data(), nullptr, {&q, &k, &v});
-        multiply(a.hidden, {part(q, a.queries), part(k, a.keys), part(v, a.values)});
-        place(layer);
-        // What follows in the last layer is for logits only.
-        if (layer == layers - 1 && plan_->wanted.empty()) return std::move(phases_);
-        if (layer == layers - 1) narrow();
-        attend(layer);
-        prepare(a.attended.floats, a.attended, nullptr, nullptr, {&o});
-        multiply(a.attended, {part(o, *residual_, true)});
-        prepare(*residual_, a.hidden, block.ffn_norm.data(), nullptr, {&gate, &up});
-        Part gated = part(gate, a.inner.floats);
-        gated.up = &up;
-        multiply(a.hidden, {gated});
-        prepare(a.inner.floats, a.inner, nullptr, down.rotated ? &weights.ffn : nullptr, {&down});
-        multiply(a.inner, {part(down, *residual_, true)});
-    }
-    prepare(*residual_, a.hidden, weights.final_norm.data(), nullptr, {&weights.head});
-    const auto stride = static_cast<std::size_t>(model_.shape_.vocabulary);
-    multiply(a.hidden, {{&weights.head, nullptr, model_.logits_.as<float>(), stride, false}});
-    find_argmax();
+    for (int layer = 0; layer < model_.shape_.layers; ++layer) compute_block(layer);
+    if (!plan_->wanted.empty()) predict();
     return std::move(phases_);
+}
+
+void StepBuilder::compute_block(int layer) {
+    const Block& block = model_.weights_.blocks[static_cast<std::size_t>(layer)];
+    const Linear &q = block.at(Site::kQ), &k = block.at(Site::kK), &v = block.at(Site::kV), &o = block.at(Site::kO);
+    const Linear &gate = block.at(Site::kGate), &up = block.at(Site::kUp), &down = block.at(Site::kDown);
+    Model::Activations& a = activations_;
+    prepare(*residual_, a.hidden, block.attention_norm.data(), nullptr, {&q, &k, &v});
+    multiply(a.hidden, {part(q, a.queries), part(k, a.keys), part(v, a.values)});
+    place(layer);
+    if (layer == model_.shape_.layers - 1) {  // what follows is for logits only
+        if (plan_->wanted.empty()) return;
+        narrow();
+    }
+    attend(layer);
+    prepare(a.attended.floats, a.attended, nullptr, nullptr, {&o});
+    multiply(a.attended, {part(o, *residual_, true)});
+    prepare(*residual_, a.hidden, block.ffn_norm.data(), nullptr, {&gate, &up});
+    Part gated = part(gate, a.inner.floats);
+    gated.up = &up;
+    multiply(a.hidden, {gated});
+    prepare(a.inner.floats, a.inner, nullptr, down.rotated ? &model_.weights_.ffn : nullptr, {&down});
+    multiply(a.inner, {part(down, *residual_, true)});
+}
+
+void StepBuilder::predict() {
+    const Weights& weights = model_.weights_;
+    prepare(*residual_, activations_.hidden, weights.final_norm.data(), nullptr, {&weights.head});
+    const auto stride = static_cast<std::size_t>(model_.shape_.vocabulary);
+    multiply(activations_.hidden, {{&weights.head, nullptr, model_.logits_.as<float>(), stride, false}});
+    find_argmax();
 }
 
 void StepBuilder::embed() {
@@ -175,7 +189,7 @@ void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, co
                 kernel.rms_norm(from, norm, width, eps, row.floats);
             else
                 std::copy_n(from, width, row.floats);
-            if (hadamard) kernel.hadamard(hadamard->plan, row.floats, room);
+            if (hadamard) kernel.hadamard(hadamard->plan(), row.floats, room);
             if (codes && codes->per_token)
                 kernel.quantize_token(row.floats, width, padded, codes->input_bits, row.codes, row.sum, row.scale);
             else if (codes)
@@ -244,8 +258,7 @@ void StepBuilder::place(int layer) {
     const Shape& shape = model_.shape_;
     Model::Activations& a = activations_;
     const int count = rows_, tile = rows_of_tile(count), width = shape.queries() + shape.keys();
-    const Hadamard* hadamard =
-        model_.weights_.queries_and_keys.plan.base > 0 ? &model_.weights_.queries_and_keys : nullptr;
+    const Hadamard* hadamard = model_.weights_.queries_and_keys ? &model_.weights_.queries_and_keys : nullptr;
     const Kernel& kernel = kernel_;
     const auto compute = [=, &a, &kernel](int chunk, std::byte* scratch) {
         auto* row = reinterpret_cast<float*>(scratch);
@@ -255,7 +268,7 @@ void StepBuilder::place(int layer) {
             std::copy_n(a.keys.row(n), shape.keys(), row + shape.queries());
             for (float* head = row; head < row + width; head += shape.head_dim) {
                 kernel.rotate(head, a.cosine.row(n), a.sine.row(n), shape.head_dim);
-                if (hadamard) kernel.hadamard(hadamard->plan, head, room);
+                if (hadamard) kernel.hadamard(hadamard->plan(), head, room);
             }
         }
     };

@@ -61,6 +61,8 @@ class StepBuilder {
     };
 
     void embed();
+    void compute_block(int layer);
+    void predict();  // logits, and the likeliest token
     // `target` becomes what `readers` take: rows of `source`, normed, transformed, quantized.
     void prepare(const FloatPlane& source, const InputPlane& target, const float* norm, const Hadamard* hadamard,
                  std::vector<const Linear*> readers);
@@ -81,7 +83,7 @@ class StepBuilder {
     Model::Activations& activations_;
     std::shared_ptr<Plan> plan_;
     std::vector<Phase> phases_;
-    int rows_ = 0;  // that are still computed
+    int rows_ = 0;                               // that are still computed
     const FloatPlane* residual_ = nullptr;
 };
 

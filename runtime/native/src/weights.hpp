@@ -4,6 +4,7 @@
 #include <array>
 #include <vector>
 
+#include "hadamard.hpp"
 #include "packed_matrix.hpp"
 
 namespace osp {
@@ -33,12 +34,6 @@ struct Block {
     std::vector<float> attention_norm, ffn_norm;
 
     const Linear& at(Site site) const { return linears[static_cast<std::size_t>(site)]; }
-};
-
-// A transform and the signs of its base matrix.
-struct Hadamard {
-    HadamardPlan plan = {};  // base 0: none
-    std::vector<float> signs;
 };
 
 struct Weights {
