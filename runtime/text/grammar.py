@@ -158,7 +158,7 @@ def _check_size(source: Any) -> None:
             waiting += [(item, depth + 1) for item in value.values()]
         elif isinstance(value, list):
             waiting += [(item, depth + 1) for item in value]
-        characters += len(value) if isinstance(value, str) else 2
+        characters += 2 + (len(value) if isinstance(value, str) else 0)
         if characters > MAX_CHARACTERS or keys > MAX_KEYS:
             raise GrammarError(f"it is too large: at most {MAX_CHARACTERS} characters and {MAX_KEYS} keys are allowed")
 
