@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 PORT ?= 8000
 BUILD := build
 BIN := $(VENV)/bin
-CMAKE := $(BIN)/python -m cmake
+CMAKE := $(BIN)/cmake
 CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help

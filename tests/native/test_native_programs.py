@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TOOLS = Path(sys.executable).parent  # where pip puts those of the package cmake
 HOST_COMPILER = shlex.split(os.environ.get("CXX", "c++"))[0]  # CMake reads CXX too
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 ARM_EMULATOR = "qemu-aarch64"
@@ -36,18 +37,17 @@ class Variant:
         return ROOT / "build" / f"native-{self.name}"
 
     def build(self) -> None:
-        cmake = [sys.executable, "-m", "cmake"]
-        configure = [*cmake, "-S", str(ROOT), "-B", str(self.directory), *self.options]
+        cmake = str(TOOLS / "cmake")
+        configure = [cmake, "-S", str(ROOT), "-B", str(self.directory), *self.options]
         configure += ["-DOSP_EXTENSION=OFF", "-DOSP_TEST_PROGRAMS=ON"]
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may be at it
             run(configure)
-            run([*cmake, "--build", str(self.directory), "--parallel", str(len(os.sched_getaffinity(0)))])
+            run([cmake, "--build", str(self.directory), "--parallel", str(len(os.sched_getaffinity(0)))])
 
     def test(self) -> None:
-        ctest = str(Path(sys.executable).with_name("ctest"))  # comes with the package cmake
-        said = run([*self.launcher, ctest, "--test-dir", str(self.directory), "--output-on-failure"])
+        said = run([*self.launcher, str(TOOLS / "ctest"), "--test-dir", str(self.directory), "--output-on-failure"])
         assert "100% tests passed" in said
 
 
