@@ -7,14 +7,13 @@
 namespace osp {
 namespace {
 
-constexpr int kRowsOfTile = 4;                 // rows that a chunk prepares
-constexpr std::size_t kChunkBytes = 48 << 10;  // of weights that a chunk reads, where there are few rows
-constexpr std::size_t kSmallChunkBytes = 8 << 10;
-constexpr int kChunksOfThread = 8;
-constexpr int kOutputsOfChunk = 1024;              // rows times panels
-constexpr int kTokensOfTile = 16;                  // tokens of a slice that a chunk attends for
-constexpr int kPositionsOfTile = 2048;             // a chunk takes more heads while these times positions are fewer
-constexpr int kFewRows = 4;                        // so many rows are prepared by one thread
+constexpr int kRowsOfTile = 4;                                             // rows that a chunk prepares
+constexpr std::size_t kLargestChunk = 1 << 20, kSmallestChunk = 16 << 10;  // bytes of weights, where there are few rows
+constexpr std::size_t kSharesOfThread = 3;
+constexpr int kOutputsOfChunk = 1024;   // rows times panels
+constexpr int kTokensOfTile = 16;       // tokens of a slice that a chunk attends for
+constexpr int kPositionsOfTile = 2048;  // a chunk takes more heads while these times positions are fewer
+constexpr int kFewRows = 4;             // so many rows are prepared by one thread
 
 std::size_t lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -39,10 +38,11 @@ PreparedRow prepared_row(const std::byte* scratch, int index, int stride) {
 
 int rows_of_tile(int rows) { return rows <= kFewRows ? kFewRows : std::min(kRowsOfTile, rows); }
 
-// Panels that a chunk takes of a matrix, for `rows` rows of input.
-int panels_of_chunk(const PackedMatrix& matrix, std::size_t all_bytes, int rows, int threads) {
-    const std::size_t share = all_bytes / static_cast<std::size_t>(threads * kChunksOfThread);
-    const std::size_t bytes = std::clamp(share, kSmallChunkBytes, kChunkBytes) / static_cast<std::size_t>(1 + rows / 8);
+// Panels that the next chunk takes: a share of the work that is left, so that chunks grow smaller towards the end of a
+// phase, where all threads are to be done at the same time.
+int panels_of_chunk(const PackedMatrix& matrix, std::size_t bytes_left, int rows, int threads) {
+    const std::size_t share = bytes_left / (static_cast<std::size_t>(threads) * kSharesOfThread);
+    const std::size_t bytes = std::clamp(share, kSmallestChunk, kLargestChunk) / static_cast<std::size_t>(1 + rows / 8);
     const int least = rows >= 24 ? 2 : 1;  // kernels take two panels at a time where there are many rows
     const int most = std::max(least, kOutputsOfChunk / rows);
     return std::clamp(static_cast<int>(bytes / matrix.panel_bytes()), least, most);
@@ -212,14 +212,18 @@ void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, co
 
 void StepBuilder::multiply(const InputPlane& input, std::vector<Part> parts) {
     const int count = rows_;
-    std::size_t all_bytes = 0;
-    for (const Part& part : parts) all_bytes += part.linear->matrix.bytes() * (part.up ? 2 : 1);
+    const auto bytes_of_panel = [](const Part& part) { return part.linear->matrix.panel_bytes() * (part.up ? 2 : 1); };
+    std::size_t bytes_left = 0;
+    for (const Part& part : parts)
+        bytes_left += bytes_of_panel(part) * static_cast<std::size_t>(part.linear->matrix.panels());
     std::vector<PanelRun> runs;
     for (std::size_t p = 0; p < parts.size(); ++p) {
         const PackedMatrix& matrix = parts[p].linear->matrix;
-        const int step = panels_of_chunk(matrix, all_bytes, count, model_.threads());
-        for (int first = 0; first < matrix.panels(); first += step)
-            runs.push_back({static_cast<int>(p), first, std::min(step, matrix.panels() - first)});
+        for (int first = 0, taken; first < matrix.panels(); first += taken) {
+            taken = std::min(panels_of_chunk(matrix, bytes_left, count, model_.threads()), matrix.panels() - first);
+            runs.push_back({static_cast<int>(p), first, taken});
+            bytes_left -= bytes_of_panel(parts[p]) * static_cast<std::size_t>(taken);
+        }
     }
     const int chunks = static_cast<int>(runs.size());
     struct Work {
