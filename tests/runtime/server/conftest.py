@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
+from chat_checkpoint import write_chat
 from checkpoints import write_served
 from server_process import ServerProcess, running_server
 
@@ -28,3 +30,27 @@ def server(checkpoint: Path) -> Iterator[ServerProcess]:
     with running_server(str(checkpoint)) as running:
         yield running
         assert running.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat(tmp_path_factory.mktemp("models") / "chatty")
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(chat_checkpoint: Path) -> Tokenizer:
+    return Tokenizer.load(chat_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def chat_server(chat_checkpoint: Path) -> Iterator[ServerProcess]:
+    """A server with a chat model, on the reference engine: its logits can be computed here too."""
+    with running_server(str(chat_checkpoint), "--engine", "reference") as running:
+        yield running
+        assert running.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def chat_client(chat_server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{chat_server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
