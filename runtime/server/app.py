@@ -20,7 +20,7 @@ from runtime.server.context import Context
 from runtime.server.errors import install_error_handlers
 from runtime.server.headers import SecurityHeaders, cors_options
 from runtime.server.limits import RateLimits
-from runtime.server.middleware import BodyLimit, RecordSink, RequestScope
+from runtime.server.middleware import RecordSink, RequestScope, SizeLimits
 from runtime.server.routes import chat, completions, docs, health, metrics, models, tokenize, version
 from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
@@ -80,7 +80,7 @@ def _layers(
         Middleware(RequestScope, sinks=[log_request, telemetry.answered, *sinks]),
         Middleware(SecurityHeaders),
         Middleware(Authentication, keys=keys),
-        Middleware(BodyLimit, max_bytes=settings.max_body_bytes, keep=settings.log_prompts),
+        Middleware(SizeLimits, settings.max_header_bytes, settings.max_body_bytes, keep=settings.log_prompts),
     ]
     if settings.requests_per_minute or settings.tokens_per_minute:
         limits = Middleware(RateLimits, settings.requests_per_minute, settings.tokens_per_minute)

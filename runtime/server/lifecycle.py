@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from runtime.server.app import create_app
 from runtime.server.auth import ApiKeyError, ApiKeys
@@ -64,19 +65,7 @@ def run_server(settings: ServerSettings) -> None:
     telemetry, catalog = Telemetry(), ModelCatalog()
     with _listen(settings.host, settings.port) as listener:
         app = create_app(settings, catalog, telemetry, keys, sinks=[tracer.record] if tracer else [])
-        config = uvicorn.Config(
-            app,
-            # The class has one more parameter than uvicorn knows of.
-            http=cast(type[asyncio.Protocol], partial(BoundedProtocol, settings=settings)),
-            ws="none",
-            h11_max_incomplete_event_size=settings.max_header_bytes,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            server_header=False,
-            proxy_headers=False,
-            log_config=None,
-            access_log=False,
-        )
-        config.load()
+        config = web_server_config(app, settings)
         reloadables = []
         if certificate is not None:
             config.ssl = certificate.context
@@ -90,6 +79,24 @@ def run_server(settings: ServerSettings) -> None:
         tracer.close()
     if server.failure is not None:
         raise server.failure
+
+
+def web_server_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    """How uvicorn serves the application: HTTP/1.1 within limits, nothing else, and no log of its own."""
+    config = uvicorn.Config(
+        app,
+        # The class has one more parameter than uvicorn knows of.
+        http=cast(type[asyncio.Protocol], partial(BoundedProtocol, settings=settings)),
+        ws="none",
+        h11_max_incomplete_event_size=settings.max_header_bytes,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        server_header=False,
+        proxy_headers=False,
+        log_config=None,
+        access_log=False,
+    )
+    config.load()
+    return config
 
 
 class _Server(uvicorn.Server):

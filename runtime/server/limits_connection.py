@@ -71,7 +71,9 @@ class BoundedProtocol(H11Protocol):
         fault = sys.exception()  # uvicorn calls this while it handles h11's error
         status = fault.error_status_hint if isinstance(fault, h11.RemoteProtocolError) else 400
         message = "the request's line and headers are too large" if status == 431 else msg
-        body = json.dumps(ApiError(status, message, code="bad_request").body()).encode()
+        body = json.dumps(
+            ApiError(status, message, code="headers_too_large" if status == 431 else "bad_request").body()
+        ).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")

@@ -1,7 +1,7 @@
 """What happens around every request, whatever its route: its record, its id, the last resort, the size of its body.
 
 The layers, from the outside, are put together in `runtime.server.app`:
-`RequestScope`, `SecurityHeaders`, CORS, `Authentication`, `RateLimits`, `BodyLimit`.
+`RequestScope`, `SecurityHeaders`, CORS, `Authentication`, `RateLimits`, `SizeLimits`.
 """
 
 from __future__ import annotations
@@ -76,16 +76,18 @@ def _record_of(scope: Scope) -> RequestRecord:
     )
 
 
-class BodyLimit:
-    """ASGI middleware: reads the whole body, and answers 413 as soon as it is larger than it may be.
+class SizeLimits:
+    """ASGI middleware: answers 431 to headers and 413 to a body that are larger than they may be.
 
-    So the memory that a body takes is bounded, whether or not its length was declared.
+    It reads the whole body, and stops where it becomes too large: so the memory that it takes is bounded, whether or
+    not its length was declared. Headers that grow without an end do not get here: see `BoundedProtocol`.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, *, keep: bool = False) -> None:
+    def __init__(self, app: ASGIApp, max_header_bytes: int, max_body_bytes: int, *, keep: bool = False) -> None:
         """`keep`: whether the body goes into the request's record, for the log."""
         self._app = app
-        self._max_bytes = max_bytes
+        self._max_header_bytes = max_header_bytes
+        self._max_body_bytes = max_body_bytes
         self._keep = keep
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,12 +95,16 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if _header_bytes(scope) > self._max_header_bytes:
+            message = f"the request's line and headers are larger than {self._max_header_bytes} bytes"
+            await send_error(ApiError(431, message, code="headers_too_large"), scope, receive, send)
+            return
         # The web server has checked that it is a number.
         declared = int(Headers(scope=scope).get("content-length", "0"))
-        body = await self._read(receive) if declared <= self._max_bytes else None
+        body = await self._read(receive) if declared <= self._max_body_bytes else None
         if body is None:
-            error = ApiError(413, f"the body is larger than {self._max_bytes} bytes", code="body_too_large")
-            await send_error(error, scope, receive, send)
+            message = f"the body is larger than {self._max_body_bytes} bytes"
+            await send_error(ApiError(413, message, code="body_too_large"), scope, receive, send)
             return
         if self._keep:
             request_record().body = body
@@ -119,7 +125,13 @@ class BodyLimit:
                 return b"".join(parts)
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > self._max_bytes:
+            if size > self._max_body_bytes:
                 return None
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def _header_bytes(scope: Scope) -> int:
+    """The request's line and headers, about as they were sent."""
+    line = len(scope.get("raw_path", b"")) + len(scope["query_string"])
+    return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])

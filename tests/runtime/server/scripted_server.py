@@ -10,7 +10,9 @@ import httpx
 from scripted_engine import ScriptedEngine
 
 from runtime.server.app import create_app
+from runtime.server.auth import ApiKeys
 from runtime.server.catalog import ModelCatalog, ServedModel
+from runtime.server.middleware import RecordSink
 from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
 from runtime.text.tokenizer import Tokenizer
@@ -22,14 +24,23 @@ class ScriptedServer:
     Attributes:
         app: the application.
         engine: its engine, which does what a test tells it.
+        telemetry: its metrics.
     """
 
-    def __init__(self, tokenizer: Tokenizer, script: str | Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        script: str | Sequence[int],
+        settings: ServerSettings | None = None,
+        keys: ApiKeys | None = None,
+        sinks: Sequence[RecordSink] = (),
+        context_length: int = 64,
+    ) -> None:
         tokens = [byte_token(tokenizer, byte) for byte in script.encode()] if isinstance(script, str) else script
-        self.engine = ScriptedEngine(lambda _: tokens)
-        telemetry = Telemetry()
-        catalog = ModelCatalog([ServedModel("scripted", self.engine, tokenizer, telemetry)])
-        self.app = create_app(ServerSettings(), catalog, telemetry)
+        self.engine = ScriptedEngine(lambda _: tokens, context_length=context_length)
+        self.telemetry = Telemetry()
+        catalog = ModelCatalog([ServedModel("scripted", self.engine, tokenizer, self.telemetry)])
+        self.app = create_app(settings or ServerSettings(), catalog, self.telemetry, keys, sinks)
 
     async def post(self, **body: Any) -> httpx.Response:
         """`POST /v1/completions`, without a socket."""
