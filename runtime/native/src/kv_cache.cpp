@@ -35,20 +35,22 @@ KvLayout layout_of(int channels, int bits) {
 KvCache::KvCache(int layers, int heads, int channels, int bits, int blocks)
     : layers_(layers), heads_(heads), blocks_(blocks), layout_(layout_of(channels, bits)) {
     if (layers < 1 || heads < 1 || blocks < 1) throw std::invalid_argument("a KV cache of nothing");
-    data_ = Buffer(static_cast<std::size_t>(layers) * blocks * block_stride());
+    data_ = Buffer(static_cast<std::size_t>(layers) * static_cast<std::size_t>(heads) *
+                   static_cast<std::size_t>(blocks) * block_stride());
 }
 
 std::uint8_t* KvCache::tiles(int layer, int head) const {
-    return data_.data() + static_cast<std::size_t>(layer) * blocks_ * block_stride() +
-           static_cast<std::size_t>(head) * layout_.bytes;
+    const auto before = static_cast<std::size_t>(layer * heads_ + head) * static_cast<std::size_t>(blocks_);
+    return data_.data() + before * block_stride();
 }
 
 void KvCache::copy(int source, int target) {
-    for (int layer = 0; layer < layers_; ++layer) {
-        std::uint8_t* first = tiles(layer, 0);
-        std::memcpy(first + static_cast<std::size_t>(target) * block_stride(),
-                    first + static_cast<std::size_t>(source) * block_stride(), block_stride());
-    }
+    for (int layer = 0; layer < layers_; ++layer)
+        for (int head = 0; head < heads_; ++head) {
+            std::uint8_t* first = tiles(layer, head);
+            std::memcpy(first + static_cast<std::size_t>(target) * block_stride(),
+                        first + static_cast<std::size_t>(source) * block_stride(), block_stride());
+        }
 }
 
 }  // namespace osp

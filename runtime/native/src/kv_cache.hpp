@@ -17,8 +17,8 @@ class KvCache {
     const KvLayout& layout() const { return layout_; }
     int blocks() const { return blocks_; }
     std::size_t bytes() const { return data_.size(); }
-    // From one block to the next, of one layer and head.
-    std::size_t block_stride() const { return static_cast<std::size_t>(heads_) * layout_.bytes; }
+    // From one block to the next, of one layer and head: side by side, since attention reads them one after another.
+    std::size_t block_stride() const { return layout_.bytes; }
     // The tile of block 0.
     std::uint8_t* tiles(int layer, int head) const;
     // Copies a block, in every layer.
