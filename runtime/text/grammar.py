@@ -29,8 +29,11 @@ _LIMITS = LLParserLimits(
     max_lexer_states=50_000,  # up to 2 kB each
     verbose_errors=False,
 )
-WHITE_SPACE = r"[ \n\r\t]{1,64}"
-"""Between the parts of JSON, by default. Models get lost where there may be any amount of it."""
+WHITE_SPACE = r" |\n {0,24}"
+"""Between the parts of JSON, by default: a space, or a new line and its indentation, as those have it who write JSON.
+
+Any amount of it would be JSON too, and models get lost in there.
+"""
 
 
 class GrammarError(ValueError):
