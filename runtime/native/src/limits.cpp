@@ -43,7 +43,7 @@ double rate(int threads, double seconds, Prepare prepare, Work work) {
     return total;
 }
 
-constexpr std::size_t kLine = 64, kPrefetch = 2048;
+constexpr std::size_t kLine = 64, kPrefetch = 4096;
 
 // Reads every line of `bytes`, a multiple of a line. The result is there so that the reads are.
 std::uint64_t read(const std::uint8_t* from, std::size_t bytes) {
