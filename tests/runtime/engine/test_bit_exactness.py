@@ -1,4 +1,4 @@
-"""A token's logits are the same bits whatever surrounds it: batch, chunks, block tables, threads."""
+"""A token's logits are the same bits whatever surrounds it: batch, chunks, block tables, threads. On every engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from schemes import SCHEMES, SHAPES
 
 from quant.format import Checkpoint, read_checkpoint
-from runtime.engine.base import SequenceSlice
+from runtime.engine.base import ModelRunner, SequenceSlice
+from runtime.engine.native import NativeRunner
 from runtime.engine.reference import ReferenceRunner
 
 BLOCK_SIZE = 4
@@ -53,6 +54,11 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
             return read_checkpoint(write_4bit(root, scheme=SCHEMES[scheme], **SHAPES[shape]))
 
 
+@pytest.fixture(scope="module", params=["reference", "native"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def prompts(checkpoint: Checkpoint) -> NDArray[np.int32]:
     ids = np.random.default_rng(3).integers(0, checkpoint.config.vocab_size, (SEQUENCES, LENGTH))
@@ -60,16 +66,20 @@ def prompts(checkpoint: Checkpoint) -> NDArray[np.int32]:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint: Checkpoint, prompts: NDArray[np.int32]) -> NDArray[np.float32]:
-    """What all else is compared with: each sequence by itself, token by token. [sequences, length, V]"""
-    rows = []
-    for ids in prompts:
-        runner, table = new_runner(checkpoint), np.arange(BLOCKS_EACH, dtype=np.int32)
-        rows.append([runner.step([SequenceSlice(ids[i : i + 1], i, table)]).rows()[0] for i in range(LENGTH)])
+def alone(engine: str, checkpoint: Checkpoint, prompts: NDArray[np.int32]) -> NDArray[np.float32]:
+    """What all else is compared with: each sequence by itself, token by token, on one thread. [sequences, length, V]"""
+    runner, table = new_runner(engine, checkpoint, threads=1), np.arange(BLOCKS_EACH, dtype=np.int32)
+    rows = [
+        [runner.step([SequenceSlice(ids[i : i + 1], i, table)]).rows()[0].copy() for i in range(LENGTH)]
+        for ids in prompts
+    ]
     return np.array(rows)
 
 
-def new_runner(checkpoint: Checkpoint) -> ReferenceRunner:
+def new_runner(engine: str, checkpoint: Checkpoint, threads: int = 3) -> ModelRunner:
+    """With room for all sequences, whose blocks hold 4 positions (reference) or 16 (native)."""
+    if engine == "native":
+        return NativeRunner(checkpoint.path, threads=threads, num_blocks=SEQUENCES * BLOCKS_EACH)
     return ReferenceRunner(checkpoint, num_blocks=SEQUENCES * BLOCKS_EACH, block_size=BLOCK_SIZE)
 
 
@@ -78,18 +88,20 @@ def whole(ids: NDArray[np.int32], table: NDArray[np.int32]) -> SequenceSlice:
 
 
 def test_any_batch_of_whole_prompts(
-    checkpoint: Checkpoint, prompts: NDArray[np.int32], alone: NDArray[np.float32]
+    engine: str, checkpoint: Checkpoint, prompts: NDArray[np.int32], alone: NDArray[np.float32]
 ) -> None:
     tables = np.arange(SEQUENCES * BLOCKS_EACH, dtype=np.int32).reshape(SEQUENCES, -1)
     for count in BATCHES:
         batch = [whole(*pair) for pair in zip(prompts[:count], tables, strict=False)]
-        logits = new_runner(checkpoint).step(batch).rows()
+        logits = new_runner(engine, checkpoint).step(batch).rows()
         np.testing.assert_array_equal(logits.reshape(count, LENGTH, -1), alone[:count])
 
 
-def test_any_batch_of_decodes(checkpoint: Checkpoint, prompts: NDArray[np.int32], alone: NDArray[np.float32]) -> None:
+def test_any_batch_of_decodes(
+    engine: str, checkpoint: Checkpoint, prompts: NDArray[np.int32], alone: NDArray[np.float32]
+) -> None:
     tables = np.arange(SEQUENCES * BLOCKS_EACH, dtype=np.int32).reshape(SEQUENCES, -1)
-    runner = new_runner(checkpoint)
+    runner = new_runner(engine, checkpoint)
     runner.step([whole(ids[:-1], table) for ids, table in zip(prompts, tables, strict=True)])
     last = [SequenceSlice(ids[-1:], LENGTH - 1, table) for ids, table in zip(prompts, tables, strict=True)]
     for count in BATCHES:
@@ -102,6 +114,7 @@ def test_any_batch_of_decodes(checkpoint: Checkpoint, prompts: NDArray[np.int32]
 )
 @settings(max_examples=10, deadline=None)
 def test_any_chunking_over_scattered_blocks(
+    engine: str,
     checkpoint: Checkpoint,
     prompts: NDArray[np.int32],
     alone: NDArray[np.float32],
@@ -109,7 +122,7 @@ def test_any_chunking_over_scattered_blocks(
     shuffle: object,
 ) -> None:
     """Each sequence is cut in its own places, the chunks are mixed, and the blocks lie anywhere."""
-    runner = new_runner(checkpoint)
+    runner = new_runner(engine, checkpoint)
     blocks = list(range(runner.num_blocks))
     shuffle.shuffle(blocks)  # type: ignore[attr-defined]
     tables = np.array(blocks, np.int32).reshape(SEQUENCES, -1)
@@ -123,7 +136,7 @@ def test_any_chunking_over_scattered_blocks(
             SequenceSlice(prompts[sequence, start:end], start, tables[sequence], num_logits=end - start)
             for sequence, (start, end) in zip(chosen, spans, strict=True)
         ]
-        rows = np.split(runner.step(batch).rows(), np.cumsum([end - start for start, end in spans])[:-1])
+        rows = np.split(runner.step(batch).rows().copy(), np.cumsum([end - start for start, end in spans])[:-1])
         for sequence, part in zip(chosen, rows, strict=True):
             logits[sequence].append(part)
     for sequence, parts in enumerate(logits):
@@ -131,18 +144,19 @@ def test_any_chunking_over_scattered_blocks(
 
 
 def test_logits_are_given_for_the_last_tokens_only(
-    checkpoint: Checkpoint, prompts: NDArray[np.int32], alone: NDArray[np.float32]
+    engine: str, checkpoint: Checkpoint, prompts: NDArray[np.int32], alone: NDArray[np.float32]
 ) -> None:
     tables = np.arange(3 * BLOCKS_EACH, dtype=np.int32).reshape(3, -1)
     batch = [SequenceSlice(prompts[i], 0, tables[i], num_logits=count) for i, count in enumerate((0, 1, 5))]
     expected = np.concatenate([alone[1, -1:], alone[2, -5:]])
-    np.testing.assert_array_equal(new_runner(checkpoint).step(batch).rows(), expected)
+    np.testing.assert_array_equal(new_runner(engine, checkpoint).step(batch).rows(), expected)
 
 
 DIGEST = """
 import sys, hashlib, numpy as np
 from quant.format import read_checkpoint
-from runtime.engine.base import SequenceSlice
+from runtime.engine.base import ModelRunner, SequenceSlice
+from runtime.engine.native import NativeRunner
 from runtime.engine.reference import ReferenceRunner
 runner = ReferenceRunner(read_checkpoint(sys.argv[1]))
 ids = np.random.default_rng(5).integers(0, runner.info.vocab_size, 64).astype(np.int32)

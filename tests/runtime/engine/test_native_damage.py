@@ -30,7 +30,8 @@ def run(path: Path) -> bool:
     try:
         runner = NativeRunner(path, threads=1, num_blocks=4)
     except CheckpointError as error:
-        assert str(path) in str(error)
+        if str(path) not in str(error):
+            raise
         return False
     ids = np.arange(8, dtype=np.int32)
     logits = runner.step([SequenceSlice(ids, 0, np.arange(4, dtype=np.int32), 8)])
