@@ -16,6 +16,7 @@ from schemes import SCHEMES
 
 from quant.format import Checkpoint, read_checkpoint
 from runtime.engine.base import GenerationRequest, SamplingParams
+from runtime.engine.native import NativeRunner
 from runtime.engine.reference import ReferenceRunner
 
 ROOMY = 4096
@@ -53,7 +54,7 @@ def some_requests(seed: int, count: int, vocabulary: int, longest: int = 24) -> 
     return requests
 
 
-def chunks_of(requests: list[GenerationRequest], runner: HistoryRunner | ReferenceRunner, **limits: float) -> dict:
+def chunks_of(requests: list[GenerationRequest], runner: HistoryRunner | ReferenceRunner | NativeRunner, **limits: float) -> dict:
     """All that clients see of each sequence, but for how much the cache helped."""
     drive = Drive(runner, **limits)
     for request in requests:
@@ -143,6 +144,16 @@ def test_the_reference_engine_bit_for_bit(quantized: Checkpoint, limits: dict[st
         by_itself |= chunks_of([request], ReferenceRunner(quantized), prefix_caching=False)
     crowd = chunks_of(requests, ReferenceRunner(quantized, num_blocks=16, block_size=4), **limits)
     assert crowd == by_itself
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_sequences": 4, "token_budget": 7, "logit_rows": 9}])
+def test_the_native_engine_bit_for_bit(quantized: Checkpoint, limits: dict[str, int]) -> None:
+    """Log-probabilities included; on other numbers of threads too, and with blocks for two sequences and a half."""
+    requests = some_requests(3, 10, vocabulary=97, longest=20)
+    by_itself: dict = {}
+    for request in requests:
+        by_itself |= chunks_of([request], NativeRunner(quantized.path, threads=1), prefix_caching=False)
+    assert chunks_of(requests, NativeRunner(quantized.path, threads=3, num_blocks=5), **limits) == by_itself
 
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a8 kv8 head8", "all at 4 bits"])
