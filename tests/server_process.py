@@ -67,9 +67,13 @@ class ServerProcess:
         self.url = ""
 
     def stop(self, sig: signal.Signals = signal.SIGTERM) -> int:
-        """Signals the process, waits, and gives its exit code."""
+        """Signals the process, waits, and gives its exit code. If that is not 0, the test's output has the log."""
         self.process.send_signal(sig)
-        return self.process.wait(timeout=60)
+        code = self.process.wait(timeout=60)
+        if code:
+            self.log.close()
+            sys.stdout.writelines(self.log.lines)
+        return code
 
 
 def osp_serve(

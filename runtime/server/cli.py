@@ -22,7 +22,7 @@ def serve(**options: Any) -> None:
     """
     settings = read_settings(options)
     # Not at the top: `osp --help` shows this command too, and need not load a web server for it.
-    from runtime.server.lifecycle import StartError, run_server
+    from runtime.server.lifecycle import StartError, leave_threads_behind, run_server
     from runtime.server.logging_setup import configure_logging
 
     configure_logging(settings)
@@ -30,3 +30,4 @@ def serve(**options: Any) -> None:
         run_server(settings)
     except StartError as error:
         raise click.ClickException(str(error)) from error
+    leave_threads_behind()

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import signal
 import socket
 import threading
@@ -79,6 +80,16 @@ def run_server(settings: ServerSettings) -> None:
         tracer.close()
     if server.failure is not None:
         raise server.failure
+
+
+def leave_threads_behind() -> None:
+    """Ends the process, with exit code 0, if a thread still loads a model or hangs in a step; returns if none does.
+
+    Such a thread cannot be ended, and the interpreter's own end would crash it in the middle of native code.
+    """
+    if any(thread.name.startswith("osp-") for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(0)
 
 
 def web_server_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:

@@ -1,0 +1,278 @@
+"""Metrics: the page, Prometheus's own check, and whether they tell the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from scripted_engine import ScriptedEngine
+from scripted_server import ScriptedServer
+from server_process import ServerProcess
+
+from quant.format import read_checkpoint
+from runtime.engine.base import EngineStats, FinishReason, GenerationRequest, SamplingParams
+from runtime.engine.local import LocalEngine
+from runtime.engine.reference import ReferenceRunner
+from runtime.server.app import create_app
+from runtime.server.auth import ApiKeys
+from runtime.server.catalog import ModelCatalog, ServedModel
+from runtime.server.settings import ServerSettings
+from runtime.server.telemetry import Telemetry
+from runtime.text.tokenizer import Tokenizer
+
+PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
+
+Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def values(exposition: str) -> Values:
+    """Every sample by its name and labels."""
+    families = text_string_to_metric_families(exposition)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def total(samples: Values, name: str, **labels: str) -> float:
+    """The sum of all samples of this name that have these labels."""
+    return sum(value for (n, with_), value in samples.items() if n == name and labels.items() <= set(with_))
+
+
+def scraped(server: ScriptedServer) -> Values:
+    return values(server.telemetry.exposition().decode())
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 30))
+
+
+def test_the_page_lists_every_metric_and_its_type(tokenizer: Tokenizer) -> None:
+    server = ScriptedServer(tokenizer, "hello")
+    listed = re.findall(r"^\| `(\w+)` \| (\w+) \|", PAGE.read_text("utf-8"), re.MULTILINE)
+    registered = {
+        (family.name + "_total" * (family.type == "counter"), family.type)
+        for family in server.telemetry.metrics.registry.collect()
+    }
+    assert len(listed) == len(set(listed))
+    assert set(listed) == registered
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+def test_prometheus_finds_no_fault(server: ServerProcess) -> None:
+    httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    httpx.get(f"{server.url}/nowhere")
+    page = httpx.get(f"{server.url}/metrics").content
+    done = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()
+    assert not done.stderr + done.stdout
+
+
+def test_buckets_begin_at_a_millisecond(tokenizer: Tokenizer) -> None:
+    server = ScriptedServer(tokenizer, "hello")
+    run(server.post(max_tokens=5))
+    for name in ("time_to_first_token", "inter_token_latency", "request_queue_time", "event_loop_lag"):
+        bounds = {float(dict(labels)["le"]) for (n, labels) in scraped(server) if n == f"osp_{name}_seconds_bucket"}
+        assert min(bounds) == 0.001
+        assert max(bounds) == float("inf")
+
+
+def test_one_request_is_counted_once_everywhere(tokenizer: Tokenizer) -> None:
+    server = ScriptedServer(tokenizer, "hello")
+    assert run(server.post(prompt=[1, 2, 3], max_tokens=5)).status_code == 200
+    samples = scraped(server)
+    expected = {
+        "osp_time_to_first_token_seconds_count": 1,
+        "osp_inter_token_latency_seconds_count": 4,
+        "osp_request_time_per_output_token_seconds_count": 1,
+        "osp_e2e_request_latency_seconds_count": 1,
+        "osp_request_queue_time_seconds_count": 1,
+        "osp_request_prefill_time_seconds_count": 1,
+        "osp_request_decode_time_seconds_count": 1,
+        "osp_request_prompt_tokens_sum": 3,
+        "osp_request_generation_tokens_sum": 5,
+        "osp_request_params_max_tokens_sum": 5,
+        "osp_prompt_tokens_total": 3,
+        "osp_prompt_tokens_cached_total": 0,
+        "osp_generation_tokens_total": 5,
+        "osp_corrupted_requests_total": 0,
+    }
+    assert {
+        name: total(samples, name, model_name="scripted", engine="scripted", precision="w4a4") for name in expected
+    } == expected
+    assert total(samples, "osp_request_success_total", finished_reason="length") == 1
+    assert total(samples, "osp_request_success_total") == 1
+    assert total(samples, "osp_engine_info", context_length="64", vocab_size="300") == 1
+    # A mean of 4 times between tokens is a quarter of their sum.
+    mean = total(samples, "osp_request_time_per_output_token_seconds_sum")
+    assert mean == pytest.approx(total(samples, "osp_inter_token_latency_seconds_sum") / 4)
+    assert mean * 4 == pytest.approx(total(samples, "osp_request_decode_time_seconds_sum"))
+
+
+def test_what_the_engine_says_of_itself(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScriptedEngine, "stats", lambda _: EngineStats(3, 4, 0.5, 6, 7, 8))
+    server = ScriptedServer(tokenizer, "hello")
+    samples = scraped(server)
+    names = {
+        "osp_num_requests_running": 3,
+        "osp_num_requests_waiting": 4,
+        "osp_kv_cache_usage_perc": 0.5,
+        "osp_num_preemptions_total": 6,
+        "osp_prefix_cache_queries_total": 7,
+        "osp_prefix_cache_hits_total": 8,
+    }
+    assert {name: total(samples, name, model_name="scripted") for name in names} == names
+
+
+def test_refusals_are_counted_by_reason(tokenizer: Tokenizer) -> None:
+    settings = ServerSettings(requests_per_minute=7, max_body_bytes=2000)
+    server = ScriptedServer(tokenizer, "hello", settings, ApiKeys(["sesame"]))
+    key = {"authorization": "Bearer sesame"}
+
+    def post(headers: dict[str, str] = key, **body: Any) -> int:
+        body = {"prompt": "x", "max_tokens": 1} | body
+        return run(server.request("POST", "/v1/completions", headers=headers, json=body)).status_code
+
+    statuses = [post({}), post(), post(temperature=9), post(model="no"), post(max_tokens=1000), post(user="x" * 3000)]
+    server.engine.full = True
+    statuses += [post()]
+    server.engine.dies_after = 0
+    server.engine.full = False
+    statuses += [post(), post()]
+    statuses += [run(server.request("GET", "/nowhere", headers=key)).status_code]
+    assert statuses == [401, 200, 400, 404, 400, 413, 503, 503, 429, 404]
+    samples = scraped(server)
+    reasons = {dict(labels)["reason"]: value for (name, labels), value in samples.items() if "rejected_total" in name}
+    assert reasons == {
+        "invalid_api_key": 1,
+        "bad_request": 1,
+        "model_not_found": 1,
+        "context_length_exceeded": 1,
+        "body_too_large": 1,
+        "queue_full": 1,
+        "engine_dead": 1,
+        "rate_limit_exceeded": 1,
+        "not_found": 1,
+    }
+    requests = {"handler": "/v1/completions", "method": "POST"}
+    assert total(samples, "osp_http_requests_total", **requests, status="200") == 1
+    assert total(samples, "osp_http_requests_total", **requests, status="503") == 2
+    assert total(samples, "osp_http_requests_total", handler="none", status="404") == 1  # and not by its path
+    assert total(samples, "osp_http_requests_total") == len(statuses)
+    assert total(samples, "osp_request_success_total", finished_reason="error") == 1  # the engine that died
+    assert total(samples, "osp_request_success_total") == 2
+
+
+def test_the_process_tells_its_memory(server: ServerProcess) -> None:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    resident_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    told = total(values(httpx.get(f"{server.url}/metrics").text), "process_resident_memory_bytes")
+    assert told == pytest.approx(resident_kb * 1024, rel=0.1)
+
+
+def quantile(samples: Values, name: str, q: float) -> float:
+    """As Prometheus's `histogram_quantile`: linear within a bucket."""
+    buckets = sorted(
+        (float(dict(labels)["le"]), n) for (sample, labels), n in samples.items() if sample == f"{name}_bucket"
+    )
+    rank, lower, below = q * buckets[-1][1], 0.0, 0.0
+    for bound, count in buckets:
+        if count >= rank:
+            return lower if bound == float("inf") else lower + (bound - lower) * (rank - below) / (count - below)
+        lower, below = bound, count
+    raise AssertionError("a histogram without an end")
+
+
+def test_the_lag_of_the_event_loop_is_seen(tokenizer: Tokenizer) -> None:
+    server = ScriptedServer(tokenizer, "hello")
+
+    async def lag() -> Values:
+        async with server.app.router.lifespan_context(server.app):
+            await asyncio.sleep(0.4)
+            before = values(server.telemetry.exposition().decode())
+            for _ in range(3):
+                time.sleep(0.3)  # what no code of the server may do
+                await asyncio.sleep(0.07)
+        return before
+
+    before, after = run(lag()), scraped(server)
+    assert total(before, "osp_event_loop_lag_seconds_count") >= 4
+    assert quantile(before, "osp_event_loop_lag_seconds", 0.5) < 0.1
+    assert 0.2 < quantile(after, "osp_event_loop_lag_seconds", 0.99) <= 0.5
+
+
+class Laboratory:
+    """A real engine behind the metrics, whose runner can be made to yield NaN."""
+
+    def __init__(self, checkpoint: Path, tokenizer: Tokenizer) -> None:
+        self.runner = ReferenceRunner(read_checkpoint(checkpoint))
+        self.telemetry = Telemetry()
+        self.model = ServedModel("lab", LocalEngine(self.runner), tokenizer, self.telemetry)
+        self.app = create_app(ServerSettings(), ModelCatalog([self.model]), self.telemetry)
+
+    async def post(self, **body: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+            return await client.post("/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 4} | body)
+
+    def spoil(self) -> None:
+        healthy = self.runner.step
+
+        def step(batch: Any) -> Any:
+            logits = healthy(batch)
+            logits.rows()[:] = np.nan
+            return logits
+
+        self.runner.step = step  # type: ignore[method-assign]
+
+
+def test_steps_caches_and_corrupt_logits_of_a_real_engine(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    lab = Laboratory(checkpoint, tokenizer)
+
+    async def main() -> Iterable[httpx.Response]:
+        prompt = list(range(1, 41))
+        good = [await lab.post(prompt=prompt, ignore_eos=True) for _ in range(2)]
+        lab.spoil()
+        bad = await lab.post()
+        await lab.model.engine.shutdown(0)
+        return *good, bad
+
+    first, second, bad = run(main())
+    assert first.status_code == second.status_code == 200
+    assert bad.status_code == 500
+    assert bad.json()["error"]["code"] == "generation_failed"
+    samples = values(lab.telemetry.exposition().decode())
+    assert total(samples, "osp_corrupted_requests_total") == 1
+    assert total(samples, "osp_request_success_total", finished_reason="error") == 1
+    cached = total(samples, "osp_prompt_tokens_cached_total")
+    assert 0 < cached < 40
+    assert cached == total(samples, "osp_prefix_cache_hits_total")
+    assert total(samples, "osp_prompt_tokens_total") == 80
+    assert total(samples, "osp_engine_step_seconds_count") == 4 + 4 + 1
+    assert total(samples, "osp_engine_step_tokens_sum") == 80 - cached + 3 + 3 + 3
+    assert total(samples, "osp_engine_step_seconds_sum") > 0
+
+
+def test_an_engine_that_passes_through_the_metrics_is_the_engine(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    lab = Laboratory(checkpoint, tokenizer)
+    request = GenerationRequest("a", (1, 2, 3), SamplingParams(max_tokens=6, seed=3, logprobs=2), n=2)
+
+    async def main() -> tuple[list[Any], list[Any]]:
+        direct = LocalEngine(lab.runner)
+        mine = sorted([chunk async for chunk in direct.generate(request)], key=lambda chunk: chunk.index)
+        await direct.shutdown(0)
+        through = [chunk async for chunk in lab.model.engine.generate(replace(request, request_id="b"))]
+        await lab.model.engine.shutdown(0)
+        return mine, sorted(through, key=lambda chunk: chunk.index)
+
+    direct, through = run(main())
+    assert direct == through
+    assert direct[-1].finish_reason is FinishReason.LENGTH
