@@ -211,7 +211,8 @@ class LocalEngine:
                 self._abort(request_id)
             self._stopping = True
             self._changed.notify_all()
-        self._worker.join(self._limits.step_timeout_s)
+            patience = 0 if self._stall() else self._limits.step_timeout_s
+        self._worker.join(patience)
         if self._worker.is_alive():
             log.error("the step under way hangs; its thread is left behind")
             self._die("the engine has been shut down; its last step hangs")

@@ -8,13 +8,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 NO_CONTENT_POLICY = "default-src 'none'; frame-ancestors 'none'"
-"""For answers that are no pages."""
-
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-)
-"""For pages, with scripts and styles of their own in files beside them, and nothing from elsewhere."""
+"""For answers that are no pages; a page sets its own."""
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",

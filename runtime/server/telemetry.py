@@ -15,6 +15,9 @@ from runtime.server.request_record import RequestRecord, request_record
 from runtime.server.telemetry_metrics import ERROR, Metrics
 
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
 class Telemetry:
     """The metrics of one server."""
 
@@ -28,8 +31,9 @@ class Telemetry:
     def answered(self, record: RequestRecord) -> None:
         """Counts an HTTP request that is over."""
         status = record.status or 0
-        # Of paths that are no routes there are any number.
-        self.metrics.http_requests.labels(record.route or "none", record.method, str(status)).inc()
+        # Of paths that are no routes, and of words in a method's place, there are any number.
+        method = record.method if record.method in METHODS else "other"
+        self.metrics.http_requests.labels(record.route or "none", method, str(status)).inc()
         if status >= 400 and record.error is not None:
             self.metrics.rejected.labels(record.error).inc()
 

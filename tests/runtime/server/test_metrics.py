@@ -171,6 +171,21 @@ def test_refusals_are_counted_by_reason(tokenizer: Tokenizer) -> None:
     assert total(samples, "osp_request_success_total") == 2
 
 
+def test_what_clients_make_up_makes_no_new_series(tokenizer: Tokenizer) -> None:
+    server = ScriptedServer(tokenizer, "hello")
+    before = set(scraped(server))
+    for i in range(5):
+        run(server.request(f"MADE-UP-{i}", f"/made/up/{i}"))
+        run(server.request("GET", f"/v1/models/made-up-{i}"))
+    labels = {frozenset(with_) for _, with_ in set(scraped(server)) - before}
+    assert labels == {
+        frozenset({("handler", "none"), ("method", "other"), ("status", "404")}),
+        frozenset({("handler", "/v1/models/{name:path}"), ("method", "GET"), ("status", "404")}),
+        frozenset({("reason", "not_found")}),
+        frozenset({("reason", "model_not_found")}),
+    }
+
+
 def test_the_process_tells_its_memory(server: ServerProcess) -> None:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     resident_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
