@@ -14,7 +14,6 @@ from runtime.engine.base import Engine, EngineDeadError, FinishReason, Generatio
 from runtime.server.request_record import RequestRecord, request_record
 from runtime.server.telemetry_metrics import ERROR, Metrics
 
-
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
