@@ -87,7 +87,7 @@ def leave_threads_behind() -> None:
 
     Such a thread cannot be ended, and the interpreter's own end would crash it in the middle of native code.
     """
-    if any(thread.name.startswith("osp-") for thread in threading.enumerate()):
+    if any(thread.name.startswith(("osp-loading", "osp-engine")) for thread in threading.enumerate()):
         logging.shutdown()
         os._exit(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def test_a_chat_template_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
     file.write_text("mine {{ messages }}")
     settings = ServerSettings(model=(str(checkpoint),), chat_template=file, engine="reference")
     [served] = load_models(settings, Telemetry())
+    asyncio.run(served.engine.shutdown(0))
     assert served.chat_template == "mine {{ messages }}"
     missing = ServerSettings(model=(str(checkpoint),), chat_template=tmp_path / "none")
     with pytest.raises(ModelNotFoundError, match=r"chat template .*none cannot be read: No such file"):
