@@ -83,7 +83,7 @@ class StepBuilder {
     Model::Activations& activations_;
     std::shared_ptr<Plan> plan_;
     std::vector<Phase> phases_;
-    int rows_ = 0;                               // that are still computed
+    int rows_ = 0;  // that are still computed
     const FloatPlane* residual_ = nullptr;
 };
 
