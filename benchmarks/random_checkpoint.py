@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from quant.format import EMBEDDING, sha256, stored_tensors, write_quantized
 from quant.llama import LlamaConfig
@@ -22,7 +22,7 @@ from runtime.bench.shapes import SHAPES
 
 
 def write_random_checkpoint(root: Path, config: LlamaConfig, scheme: Scheme) -> None:
-    """Writes it into `root`, which must not exist; words "t0", "t1", … are its tokens.
+    """Writes it into `root`, which must not exist; every byte of a text is a token.
 
     Raises:
         FileExistsError: it exists.
@@ -37,11 +37,18 @@ def write_random_checkpoint(root: Path, config: LlamaConfig, scheme: Scheme) -> 
             tensors |= stored_tensors(name, _linear(rng, rows, columns, scheme.linear(name), name))
     for name in config.norm_names():
         tensors |= stored_tensors(name.removesuffix(".weight"), np.ones(config.hidden_size, np.float32))
-    vocabulary = {f"t{i}": i for i in range(config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(root / "tokenizer.json"))
+    _byte_tokenizer(config.vocab_size).save(str(root / "tokenizer.json"))
     write_quantized(root, _config_json(config), scheme, tensors, {"tokenizer_sha256": sha256(root / "tokenizer.json")})
+
+
+def _byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """The 256 bytes, and words that no text comes to."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"w{i}" for i in range(vocab_size - len(alphabet)))]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _config_json(config: LlamaConfig) -> dict[str, Any]:

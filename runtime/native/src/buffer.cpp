@@ -16,13 +16,14 @@ constexpr std::size_t kAlignment = 64, kHugePage = std::size_t{2} << 20;
 
 }  // namespace
 
-Buffer::Buffer(std::size_t bytes) : bytes_(bytes) {
+Buffer::Buffer(std::size_t bytes, [[maybe_unused]] bool huge) : bytes_(bytes) {
     if (bytes == 0) return;
 #if defined(__linux__)
     // mmap gives zero pages, whole pages of which are only there once written.
     void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) throw std::bad_alloc();
-    if (bytes >= kHugePage) madvise(at, bytes, MADV_HUGEPAGE);  // advice: where it is not taken, nothing is lost
+    if (huge && bytes >= kHugePage)
+        madvise(at, bytes, MADV_HUGEPAGE);  // advice: where it is not taken, nothing is lost
     data_ = static_cast<std::uint8_t*>(at);
 #else
     const std::size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;

@@ -1,4 +1,4 @@
-// Memory for weights, caches and activations: 64-byte aligned, zeroed, in huge pages where the system has them.
+// Memory for weights, caches and activations: 64-byte aligned, zeroed.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,9 @@ class Buffer {
   public:
     Buffer() = default;
     // Throws std::bad_alloc. The memory costs nothing before it is written.
-    explicit Buffer(std::size_t bytes);
+    // `huge`: in huge pages, where the system has them; not for what is written here and there, since a page that is
+    // written anywhere takes memory whole.
+    explicit Buffer(std::size_t bytes, bool huge = true);
     ~Buffer();
     Buffer(Buffer&& other) noexcept;
     Buffer& operator=(Buffer&& other) noexcept;
