@@ -3,6 +3,8 @@
 Letters: N rows, M outputs and K inputs of a linear layer, L tokens of P positions, H heads, C head dim, F width.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -97,3 +99,105 @@ def read_GBps(bytes: int, threads: int, seconds: float) -> float:  # noqa: N802 
 
 def dot_GOPS(threads: int, seconds: float) -> float:  # noqa: N802
     """8-bit multiplications and additions of the best kernel's dot products in registers, in 10^9 a second."""
+
+class Model:
+    """A Llama with its KV cache and its threads (`runtime/native/src/model.hpp`). Wrong sizes raise `ValueError`."""
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        width: int,
+        inner: int,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        norm_eps: float,
+        kv_bits: int,
+        kv_blocks: int,
+        max_positions: int,
+        max_rows: int,
+        threads: int = 0,
+        kernel: str = "",
+    ) -> None:
+        """`max_rows`: most tokens of a step; `threads`: 0 for `available_threads()`; `kernel`: empty for the best."""
+
+    def set_linear(
+        self,
+        *,
+        layer: int,
+        site: str,
+        format: str,
+        rows: int,
+        columns: int,
+        values: NDArray[Any] | None = None,
+        scales: NDArray[np.float32] | None = None,
+        input_bits: int = 16,
+        input_scale: float | None = None,
+        rotated: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """A matrix [rows, columns] as a checkpoint stores it; `values` None: random ones.
+
+        `format` is "int4" (uint8, two codes a byte), "int8", "bfloat16" (uint16) or "float32". Inputs of 4 or 8 bits
+        have the scale `input_scale`, or each token its own where it is None. `site` "head" has no layer.
+        """
+
+    def set_embedding(
+        self,
+        *,
+        format: str,
+        values: NDArray[Any] | None = None,
+        scales: NDArray[np.float32] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Not called for a tied model, which looks up the head's rows."""
+
+    def set_norms(self, layer: int, attention: NDArray[np.float32], ffn: NDArray[np.float32]) -> None: ...
+    def set_final_norm(self, norm: NDArray[np.float32]) -> None: ...
+    def set_rotary_frequencies(self, frequencies: NDArray[np.float32]) -> None: ...
+    def set_ffn_hadamard(self, blocks: int, base: int, power: int, signs: NDArray[np.int8]) -> None: ...
+    def set_head_hadamard(self, blocks: int, base: int, power: int, signs: NDArray[np.int8]) -> None: ...
+    def check_weights(self) -> None:
+        """Raises `ValueError` where a weight was not set."""
+
+    def step(
+        self,
+        tokens: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        logits: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        table_sizes: NDArray[np.int32],
+    ) -> int:
+        """Computes slices, an entry each in `starts`, `lengths`, `logits` and `table_sizes`; returns the rows of logits."""
+
+    def logits(self) -> NDArray[np.float32]:
+        """[rows, vocabulary], read-only, of the last step and until the next."""
+
+    def argmax(self) -> list[int]: ...
+    def copy_block(self, source: int, target: int) -> None: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def kv_bytes(self) -> int: ...
+
+BLOCK_SIZE: int
+
+def available_threads() -> int:
+    """Those that this process may use: its affinity mask, cut to its cgroup's quota."""
+
+def kv_block_bytes(layers: int, heads: int, channels: int, bits: int) -> int:
+    """Bytes of a block of `BLOCK_SIZE` positions."""
+
+def time_product(
+    kernel: str, format: str, rows: int, outputs: int, columns: int, threads: int, seconds: float
+) -> float:
+    """Median seconds of one matrix product (`runtime/native/src/product_timer.hpp`)."""
