@@ -171,7 +171,7 @@ class Model:
         tables: NDArray[np.int32],
         table_sizes: NDArray[np.int32],
     ) -> int:
-        """Computes slices, an entry each in `starts`, `lengths`, `logits` and `table_sizes`; returns the rows of logits."""
+        """Computes slices, an entry each in the arrays after `tokens` (but `tables`); returns the rows of logits."""
 
     def logits(self) -> NDArray[np.float32]:
         """[rows, vocabulary], read-only, of the last step and until the next."""
