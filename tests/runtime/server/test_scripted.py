@@ -66,7 +66,13 @@ def test_an_end_token_ends_the_text_unless_told_not_to(tokenizer: Tokenizer) -> 
     letter = byte_token(tokenizer, ord("a"))
     server = ScriptedServer(tokenizer, [letter, 0, letter])
     ended = run(server.post(max_tokens=3)).json()
-    assert ended["choices"][0] == {"index": 0, "text": "a", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    assert ended["choices"][0] == {
+        "index": 0,
+        "text": "a",
+        "logprobs": None,
+        "finish_reason": "stop",
+        "stop_reason": None,
+    }
     assert ended["usage"]["completion_tokens"] == 2
     went_on = run(server.post(max_tokens=3, ignore_eos=True)).json()
     assert went_on["choices"][0]["text"] == "aa"
