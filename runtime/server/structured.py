@@ -19,7 +19,7 @@ COMPILE_SECONDS = 2.0
 
 _compilers: WeakKeyDictionary[ServedModel, LazyCompiler] = WeakKeyDictionary()
 # Threads of its own: what takes too long cannot be stopped, and must not keep others from encoding their prompts.
-_executor = ThreadPoolExecutor(2, "osp-grammar")
+_executor = ThreadPoolExecutor(2, "grammar")
 
 
 @dataclass(frozen=True, slots=True)
