@@ -122,7 +122,6 @@ def test_json_that_is_no_object(http: httpx.Client, body: object) -> None:
         ("priority", 2**63),
         ("cache_salt", ""),
         ("request_id", ""),
-        ("stream_options", {"include_usage": True}),
         # Known and not supported.
         ("best_of", 2),
         ("suffix", "end"),
