@@ -54,7 +54,9 @@ def some_requests(seed: int, count: int, vocabulary: int, longest: int = 24) -> 
     return requests
 
 
-def chunks_of(requests: list[GenerationRequest], runner: HistoryRunner | ReferenceRunner | NativeRunner, **limits: float) -> dict:
+def chunks_of(
+    requests: list[GenerationRequest], runner: HistoryRunner | ReferenceRunner | NativeRunner, **limits: float
+) -> dict:
     """All that clients see of each sequence, but for how much the cache helped."""
     drive = Drive(runner, **limits)
     for request in requests:
