@@ -58,12 +58,17 @@ def test_info_tells_the_two_forms_apart(road: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "recorded"), [("final", "perplexity_16bit"), ("w4a4", "perplexity"), ("rotated", "perplexity")]
 )
-def test_the_engine_measures_the_perplexity_that_torch_did(road: Path, form: str, recorded: str) -> None:
-    measured = osp("eval", str(road / form), "--data", str(road / "data" / "held_out.jsonl"))
+@pytest.mark.parametrize(("engine", "within"), [("reference", 1e-3), ("native", 1e-2)])
+def test_the_engine_measures_the_perplexity_that_torch_did(
+    road: Path, form: str, recorded: str, engine: str, within: float
+) -> None:
+    """The native engine holds keys and values of 16 bits in bfloat16; what that rounds, 4-bit codes make larger."""
+    data = str(road / "data" / "held_out.jsonl")
+    measured = osp("eval", str(road / form), "--data", data, "--engine", engine)
     of = "w4a4" if form == "final" else form
     quality = json.loads((road / of / "osp.json").read_text("utf-8"))["quality"]
     assert measured["tokens"] == quality["tokens"]
-    assert measured["perplexity"] == pytest.approx(quality[recorded], rel=1e-3)
+    assert measured["perplexity"] == pytest.approx(quality[recorded], rel=within)
 
 
 def test_the_four_bit_model_answers_over_http(road: Path) -> None:
