@@ -179,6 +179,7 @@ void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, co
     const int width = source.width, stride = target.floats.stride;
     const int padded = (width + kColumnStep - 1) / kColumnStep * kColumnStep;
     const float eps = model_.shape_.norm_eps;
+    const HadamardPlan transform = hadamard ? hadamard->plan() : HadamardPlan{};
     const Kernel& kernel = kernel_;
     const auto compute = [=, &source, &kernel](int chunk, std::byte* scratch) {
         auto* room = reinterpret_cast<float*>(scratch + PreparedRow::bytes(stride) * static_cast<std::size_t>(tile));
@@ -189,7 +190,7 @@ void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, co
                 kernel.rms_norm(from, norm, width, eps, row.floats);
             else
                 std::copy_n(from, width, row.floats);
-            if (hadamard) kernel.hadamard(hadamard->plan(), row.floats, room);
+            if (hadamard) kernel.hadamard(transform, row.floats, room);
             if (codes && codes->per_token)
                 kernel.quantize_token(row.floats, width, padded, codes->input_bits, row.codes, row.sum, row.scale);
             else if (codes)
@@ -262,7 +263,9 @@ void StepBuilder::place(int layer) {
     const Shape& shape = model_.shape_;
     Model::Activations& a = activations_;
     const int count = rows_, tile = rows_of_tile(count), width = shape.queries() + shape.keys();
-    const Hadamard* hadamard = model_.weights_.queries_and_keys ? &model_.weights_.queries_and_keys : nullptr;
+    const Hadamard& transform = model_.weights_.queries_and_keys;
+    const bool transformed = static_cast<bool>(transform);
+    const HadamardPlan hadamard = transformed ? transform.plan() : HadamardPlan{};
     const Kernel& kernel = kernel_;
     const auto compute = [=, &a, &kernel](int chunk, std::byte* scratch) {
         auto* row = reinterpret_cast<float*>(scratch);
@@ -272,7 +275,7 @@ void StepBuilder::place(int layer) {
             std::copy_n(a.keys.row(n), shape.keys(), row + shape.queries());
             for (float* head = row; head < row + width; head += shape.head_dim) {
                 kernel.rotate(head, a.cosine.row(n), a.sine.row(n), shape.head_dim);
-                if (hadamard) kernel.hadamard(hadamard->plan(), head, room);
+                if (transformed) kernel.hadamard(hadamard, head, room);
             }
         }
     };

@@ -22,6 +22,24 @@ int cover(const Rows& x, int done, const Panels& w, int first_panel, int count, 
     return done;
 }
 
+// Rows by panels of a tile.
+template <int rows, int panels>
+struct Size {};
+
+// `Kernel::integer_product` by `Tiles<format>`: tiles of the first size while there are so many rows, then of the next.
+// The last size has one row.
+template <template <Format> typename Tiles, typename... Sizes>
+void integer_product(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
+    int done = 0;
+    const auto with = [&]<typename FormatTiles, int rows, int panels>(FormatTiles, Size<rows, panels>) {
+        done = cover<FormatTiles, rows, panels>(x, done, w, first_panel, count, y, y_stride);
+    };
+    if (w.format == Format::kInt4)
+        (with(Tiles<Format::kInt4>{}, Sizes{}), ...);
+    else
+        (with(Tiles<Format::kInt8>{}, Sizes{}), ...);
+}
+
 OSP_INLINE const std::uint8_t* panel_of(const Panels& w, int panel) {
     return w.data + static_cast<std::size_t>(panel) * w.panel_bytes;
 }

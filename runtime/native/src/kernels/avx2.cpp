@@ -1,8 +1,6 @@
 // AVX2: vpmaddubsw adds two products of unsigned bytes (weights, biased by 8) with signed ones (inputs) to 16 bits,
 // vpmaddwd adds those up to 32 bits. Two products of 8-bit weights exceed 16 bits: those are widened first.
-#include "../attention.hpp"
-#include "../float_product.hpp"
-#include "../tiles.hpp"
+#include "../kernel_table.hpp"
 
 namespace osp {
 namespace {
@@ -120,19 +118,6 @@ struct IntegerTiles {
     }
 };
 
-template <Format format>
-void integer_format(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    using Tiles = IntegerTiles<format>;
-    int done = cover<Tiles, 4, 1>(x, 0, w, first_panel, count, y, y_stride);
-    done = cover<Tiles, 2, 1>(x, done, w, first_panel, count, y, y_stride);
-    cover<Tiles, 1, 1>(x, done, w, first_panel, count, y, y_stride);
-}
-
-void integer_product(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    if (w.format == Format::kInt4) return integer_format<Format::kInt4>(x, w, first_panel, count, y, y_stride);
-    integer_format<Format::kInt8>(x, w, first_panel, count, y, y_stride);
-}
-
 std::int64_t peak_dots(int rounds) {
     constexpr int chains = 8;
     repeat_dots<chains, __m256i, __m256i, __m256i>(rounds, [](auto& sum, auto weights, auto inputs) {
@@ -144,8 +129,7 @@ std::int64_t peak_dots(int rounds) {
 }  // namespace
 
 extern const Kernel kAvx2Kernel;
-const Kernel kAvx2Kernel = {"avx2",         integer_product, float_product, rms_norm, quantize_static,
-                            quantize_token, swiglu,          add,           hadamard, rotate,
-                            write_kv,       attend,          argmax,        peak_dots};
+const Kernel kAvx2Kernel =
+    kernel_table("avx2", integer_product<IntegerTiles, Size<4, 1>, Size<2, 1>, Size<1, 1>>, peak_dots);
 
 }  // namespace osp

@@ -1,7 +1,5 @@
 // AVX-512 with VNNI: vpdpbusd multiplies unsigned bytes (weights, biased by 8 or 128) with signed ones (inputs).
-#include "../attention.hpp"
-#include "../float_product.hpp"
-#include "../tiles.hpp"
+#include "../kernel_table.hpp"
 
 namespace osp {
 namespace {
@@ -95,21 +93,6 @@ struct IntegerTiles {
     }
 };
 
-template <Format format>
-void integer_format(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    using Tiles = IntegerTiles<format>;
-    int done = cover<Tiles, 12, 2>(x, 0, w, first_panel, count, y, y_stride);
-    done = cover<Tiles, 8, 1>(x, done, w, first_panel, count, y, y_stride);
-    done = cover<Tiles, 4, 1>(x, done, w, first_panel, count, y, y_stride);
-    done = cover<Tiles, 2, 1>(x, done, w, first_panel, count, y, y_stride);
-    cover<Tiles, 1, 1>(x, done, w, first_panel, count, y, y_stride);
-}
-
-void integer_product(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    if (w.format == Format::kInt4) return integer_format<Format::kInt4>(x, w, first_panel, count, y, y_stride);
-    integer_format<Format::kInt8>(x, w, first_panel, count, y, y_stride);
-}
-
 std::int64_t peak_dots(int rounds) {
     constexpr int chains = 16;
     repeat_dots<chains, __m512i, __m512i, __m512i>(
@@ -120,8 +103,8 @@ std::int64_t peak_dots(int rounds) {
 }  // namespace
 
 extern const Kernel kAvx512Kernel;
-const Kernel kAvx512Kernel = {"avx512-vnni",  integer_product, float_product, rms_norm, quantize_static,
-                              quantize_token, swiglu,          add,           hadamard, rotate,
-                              write_kv,       attend,          argmax,        peak_dots};
+const Kernel kAvx512Kernel =
+    kernel_table("avx512-vnni",
+                 integer_product<IntegerTiles, Size<12, 2>, Size<8, 1>, Size<4, 1>, Size<2, 1>, Size<1, 1>>, peak_dots);
 
 }  // namespace osp

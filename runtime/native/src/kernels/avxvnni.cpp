@@ -1,7 +1,5 @@
 // AVX-VNNI: vpdpbusd on 256 bits multiplies unsigned bytes (weights, biased by 8 or 128) with signed ones (inputs).
-#include "../attention.hpp"
-#include "../float_product.hpp"
-#include "../tiles.hpp"
+#include "../kernel_table.hpp"
 
 namespace osp {
 namespace {
@@ -106,19 +104,6 @@ struct IntegerTiles {
     }
 };
 
-template <Format format>
-void integer_format(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    using Tiles = IntegerTiles<format>;
-    int done = cover<Tiles, 5, 1>(x, 0, w, first_panel, count, y, y_stride);
-    done = cover<Tiles, 2, 1>(x, done, w, first_panel, count, y, y_stride);
-    cover<Tiles, 1, 2>(x, done, w, first_panel, count, y, y_stride);
-}
-
-void integer_product(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    if (w.format == Format::kInt4) return integer_format<Format::kInt4>(x, w, first_panel, count, y, y_stride);
-    integer_format<Format::kInt8>(x, w, first_panel, count, y, y_stride);
-}
-
 std::int64_t peak_dots(int rounds) {
     constexpr int chains = 12;
     repeat_dots<chains, __m256i, __m256i, __m256i>(
@@ -129,8 +114,7 @@ std::int64_t peak_dots(int rounds) {
 }  // namespace
 
 extern const Kernel kAvxVnniKernel;
-const Kernel kAvxVnniKernel = {"avx-vnni",     integer_product, float_product, rms_norm, quantize_static,
-                               quantize_token, swiglu,          add,           hadamard, rotate,
-                               write_kv,       attend,          argmax,        peak_dots};
+const Kernel kAvxVnniKernel =
+    kernel_table("avx-vnni", integer_product<IntegerTiles, Size<5, 1>, Size<2, 1>, Size<1, 2>>, peak_dots);
 
 }  // namespace osp

@@ -1,8 +1,6 @@
 // Arm's dot product extension: sdot multiplies signed bytes with signed bytes. Biased 4-bit codes (0 … 15) are signed
 // bytes as they are; 8-bit ones lose their bias.
-#include "../attention.hpp"
-#include "../float_product.hpp"
-#include "../tiles.hpp"
+#include "../kernel_table.hpp"
 
 namespace osp {
 namespace {
@@ -64,19 +62,6 @@ struct IntegerTiles {
     }
 };
 
-template <Format format>
-void integer_format(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    using Tiles = IntegerTiles<format>;
-    int done = cover<Tiles, 5, 1>(x, 0, w, first_panel, count, y, y_stride);
-    done = cover<Tiles, 2, 1>(x, done, w, first_panel, count, y, y_stride);
-    cover<Tiles, 1, 1>(x, done, w, first_panel, count, y, y_stride);
-}
-
-void integer_product(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    if (w.format == Format::kInt4) return integer_format<Format::kInt4>(x, w, first_panel, count, y, y_stride);
-    integer_format<Format::kInt8>(x, w, first_panel, count, y, y_stride);
-}
-
 std::int64_t peak_dots(int rounds) {
     constexpr int chains = 16;
     repeat_dots<chains, int32x4_t, int8x16_t, int8x16_t>(
@@ -87,8 +72,7 @@ std::int64_t peak_dots(int rounds) {
 }  // namespace
 
 extern const Kernel kDotprodKernel;
-const Kernel kDotprodKernel = {"neon-dotprod", integer_product, float_product, rms_norm, quantize_static,
-                               quantize_token, swiglu,          add,           hadamard, rotate,
-                               write_kv,       attend,          argmax,        peak_dots};
+const Kernel kDotprodKernel =
+    kernel_table("neon-dotprod", integer_product<IntegerTiles, Size<5, 1>, Size<2, 1>, Size<1, 1>>, peak_dots);
 
 }  // namespace osp

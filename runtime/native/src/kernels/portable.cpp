@@ -1,7 +1,5 @@
 // Any processor: no intrinsics, only the compiler's own vectors of the least registers that there are.
-#include "../attention.hpp"
-#include "../float_product.hpp"
-#include "../tiles.hpp"
+#include "../kernel_table.hpp"
 
 namespace osp {
 namespace {
@@ -60,17 +58,6 @@ struct IntegerTiles {
     }
 };
 
-template <Format format>
-void integer_format(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    const int done = cover<IntegerTiles<format>, 2, 1>(x, 0, w, first_panel, count, y, y_stride);
-    cover<IntegerTiles<format>, 1, 1>(x, done, w, first_panel, count, y, y_stride);
-}
-
-void integer_product(const CodeRows& x, const Panels& w, int first_panel, int count, float* y, std::size_t y_stride) {
-    if (w.format == Format::kInt4) return integer_format<Format::kInt4>(x, w, first_panel, count, y, y_stride);
-    integer_format<Format::kInt8>(x, w, first_panel, count, y, y_stride);
-}
-
 std::int64_t peak_dots(int rounds) {
     constexpr int chains = 8;
     repeat_dots<chains, NativeShorts, NativeShorts, NativeShorts>(
@@ -81,8 +68,7 @@ std::int64_t peak_dots(int rounds) {
 }  // namespace
 
 extern const Kernel kPortableKernel;
-const Kernel kPortableKernel = {"portable",     integer_product, float_product, rms_norm, quantize_static,
-                                quantize_token, swiglu,          add,           hadamard, rotate,
-                                write_kv,       attend,          argmax,        peak_dots};
+const Kernel kPortableKernel =
+    kernel_table("portable", integer_product<IntegerTiles, Size<2, 1>, Size<1, 1>>, peak_dots);
 
 }  // namespace osp
