@@ -8,8 +8,9 @@ import numpy as np
 
 from quant.llama import LlamaConfig
 from quant.scheme import LINEAR_SITES, Scheme
-from runtime.engine.native import hadamard_settings, model_shape, rotary_frequencies
+from runtime.engine.native import hadamard_settings, model_shape
 from runtime.engine.native_library import load_library
+from runtime.engine.rotary import rotary_frequencies
 
 INPUT_SCALE = 0.5
 """The static scale of inputs: random activations of a few units use most codes."""

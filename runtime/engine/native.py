@@ -22,6 +22,7 @@ from runtime.engine.array_logits import ArrayLogits
 from runtime.engine.base import EngineInfo, SequenceSlice, StepLogits
 from runtime.engine.kv_capacity import default_num_blocks
 from runtime.engine.native_library import KernelError, load_library
+from runtime.engine.rotary import rotary_frequencies
 
 MAX_ROWS = 512
 """Tokens that one call of `Model.step` computes at most: what its activations take memory for."""
@@ -192,12 +193,6 @@ def _load(model: Any, reader: CheckpointReader, kv_bits: int) -> None:
     if kv_bits == 4:
         model.set_head_hadamard(**hadamard_settings(config.head_dim))
     model.check_weights()
-
-
-def rotary_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
-    """Radians a position of each pair of channels, float32 [C / 2], rounded as in training."""
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    return (config.rope_theta**-exponents).astype(np.float32)
 
 
 def _set_linear(model: Any, layer: int, site: str, linear: Tensor | QuantizedLinear) -> None:

@@ -16,6 +16,7 @@ from quant import arithmetic
 from quant.format import QuantizedLinear, QuantizedWeight, Tensor
 from quant.hadamard import Hadamard
 from quant.llama import LlamaConfig
+from runtime.engine.rotary import rotary_frequencies
 
 ROTARY_STEP = 1024
 """The rotary table grows by a multiple of so many positions: a long context costs nothing before it is used."""
@@ -84,9 +85,8 @@ class Rotary:
     """Rotary position embedding (arXiv:2104.09864) in Hugging Face's layout: element i turns with element i + C/2."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        exponents = np.arange(0, config.head_dim, 2) / config.head_dim
         # Frequency and angle are rounded to float32 as in training; cosine and sine are float64's, rounded once.
-        self._frequencies = (config.rope_theta**-exponents).astype(np.float32)
+        self._frequencies = rotary_frequencies(config)
         self._cos_P1C, self._sin_P1C = self._table(0, 0)  # C here is half a head
 
     def __call__(self, x_LHC: Floats, start: int) -> Floats:
