@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import llama_cpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import llama_cpp
 
 from benchmarks.random_gguf import write_random_gguf
 from benchmarks.worker import arguments, serve

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
-import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import onnx
+import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from onnx import TensorProto, helper
 
 from benchmarks.product_bench import ProductBench
 from benchmarks.random_int4 import Matrix, head_matrix, layer_matrix, random_nibbles

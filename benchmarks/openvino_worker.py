@@ -7,9 +7,9 @@ DYNAMIC_QUANTIZATION_GROUP_SIZE it quantizes activations to int8, in groups of t
 from __future__ import annotations
 
 import numpy as np
-import openvino as ov  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import openvino as ov
 from numpy.typing import NDArray
-from openvino import opset13 as ops  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from openvino import opset13 as ops
 
 from benchmarks.product_bench import ProductBench
 from benchmarks.random_int4 import Matrix, head_matrix, layer_matrix, random_nibbles
