@@ -1,0 +1,122 @@
+"""How a report writes figures: digits, units, ratios with their intervals, and what was not measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Result = Mapping[str, Any]
+"""A load test's `result.json`."""
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that both sides have and that can be compared."""
+
+    key: str
+    """Its name in `result.json`: that of `vllm bench serve` where that has it."""
+    name: str
+    unit: str
+    more_is_better: bool
+    per_unit: float = 1.0
+    """How many of the result's units make one of `unit`."""
+
+    def write(self, value: float | None) -> str:
+        """The value in `unit`."""
+        return figure(value if value is None else value / self.per_unit)
+
+
+THROUGHPUT = Metric("output_throughput", "Output throughput", "tokens/s", more_is_better=True)
+MEDIAN_TTFT = Metric("median_ttft_ms", "Time to first token (TTFT), median", "ms", more_is_better=False)
+MEDIAN_TPOT = Metric("median_tpot_ms", "Time per output token (TPOT), median", "ms", more_is_better=False)
+MEMORY = Metric("peak_rss_MB", "Peak resident memory", "MB", more_is_better=False)
+
+METRICS = (
+    THROUGHPUT,
+    Metric("request_throughput", "Requests", "requests/s", more_is_better=True),
+    Metric("request_goodput", "Requests within the SLO (goodput)", "requests/s", more_is_better=True),
+    MEDIAN_TTFT,
+    Metric("p99_ttft_ms", "TTFT, p99", "ms", more_is_better=False),
+    MEDIAN_TPOT,
+    Metric("p99_tpot_ms", "TPOT, p99", "ms", more_is_better=False),
+    Metric("p99_itl_ms", "Inter-token latency (ITL), p99", "ms", more_is_better=False),
+    Metric("median_e2el_ms", "Whole request (E2EL), median", "ms", more_is_better=False),
+    MEMORY,
+    Metric("gpu_memory_MB", "GPU memory", "MB", more_is_better=False),
+    Metric("weight_bytes", "Weights", "MB", more_is_better=False, per_unit=1e6),
+    Metric("load_seconds", "Time to load", "s", more_is_better=False),
+    Metric("energy_J_per_token", "Energy", "J/token", more_is_better=False),
+)
+"""The headline table's rows, in its order."""
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits and all digits before the point; integers are written whole."""
+    if value is None or not math.isfinite(value):
+        return NOT_MEASURED
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0:
+        return "0"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def perplexity_figure(value: float | None) -> str:
+    """Perplexities are compared in their fourth digit."""
+    return figure(value, digits=4)
+
+
+def times(ratio: Mapping[str, float]) -> str:
+    """A ratio and its interval: `3.10 x (2.90 to 3.30)`; without the interval where no digit would show it."""
+    median, low, high = (figure(ratio[name]) for name in ("median", "low", "high"))
+    return f"{median} x" if low == high else f"{median} x ({low} to {high})"
+
+
+def quotient(a: float | None, b: float | None) -> float | None:
+    """A over B, None where there is no such number."""
+    if a is None or b is None or not b or not math.isfinite(a / b):
+        return None
+    return a / b
+
+
+def shows_difference(ratio: Mapping[str, float]) -> bool:
+    """Whether the interval leaves out 1."""
+    return ratio["low"] > 1 or ratio["high"] < 1
+
+
+def reading(metric: Metric, ratio: Mapping[str, float]) -> str:
+    """What a ratio of A over B says, in words."""
+    if not shows_difference(ratio):
+        return "no difference shown"
+    return "A better" if (ratio["low"] > 1) == metric.more_is_better else "B better"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage."""
+    return NOT_MEASURED if share is None else f"{figure(100.0 * share)} %"
+
+
+def rate(requests_per_s: float | None) -> str:
+    """A request rate; none means that nothing holds the requests back."""
+    return "unlimited" if requests_per_s is None else figure(requests_per_s)
+
+
+def yes_no(value: bool | None) -> str:
+    """Yes, no, or not measured."""
+    return NOT_MEASURED if value is None else "yes" if value else "no"
+
+
+def sides(result: Result) -> dict[str, Mapping[str, Any]]:
+    """The sides that were measured, by letter."""
+    return {letter: result[letter] for letter in ("A", "B") if result.get(letter) is not None}
+
+
+def side_names(result: Result) -> dict[str, str]:
+    """What the sides are called in sentences: by name, with the letter where both have the same."""
+    names = {letter: str(side["name"]) for letter, side in sides(result).items()}
+    alike = len(set(names.values())) < len(names)
+    return {letter: f"{name} ({letter})" if alike else name for letter, name in names.items()}

@@ -1,0 +1,103 @@
+"""What a report consists of, in its order, without its looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runtime.loadtest import report_tables as tables
+from runtime.loadtest.report_chart import Chart
+from runtime.loadtest.report_curves import distribution_charts, sweep_charts
+from runtime.loadtest.report_figures import NOT_MEASURED, Result, sides
+from runtime.loadtest.report_tables import Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    key: str
+    title: str
+    text: Sequence[str] = ()
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    commands: Sequence[str] = ()
+
+
+def sections(result: Result) -> list[Section]:
+    """Every section; each says what it does not have and why."""
+    return [
+        _headline(result),
+        _sweep(result),
+        _distributions(result),
+        _quality(result),
+        _repeats(result),
+        _machine(result),
+        Section("commands", "Commands", commands=tuple(map(str, result["commands"]))),
+        Section("method", "Method", text=_method(result)),
+    ]
+
+
+def _headline(result: Result) -> Section:
+    title = "A against B" if "B" in sides(result) else "Figures"
+    return Section("headline", title, tables=(tables.headline(result),))
+
+
+def _sweep(result: Result) -> Section:
+    charts = sweep_charts(result)
+    if not charts:
+        return Section("sweep", "Throughput against latency", (f"{NOT_MEASURED.capitalize()}: no rates were swept.",))
+    text = ("Each point is a request rate; hollow ones miss the SLO. Further right and lower is better.",)
+    shown = (tables.limits(result), tables.sweep(result))
+    return Section("sweep", "Throughput against latency", text, charts, shown)
+
+
+def _distributions(result: Result) -> Section:
+    charts = distribution_charts(result)
+    text = (
+        "How many waited no longer than so long, all repeats together. Each step up the axis is one nine more."
+        if charts
+        else f"Distributions: {NOT_MEASURED}, the result holds no samples."
+    )
+    return Section("latency", "Latency", (text,), charts, (tables.latencies(result),))
+
+
+def _quality(result: Result) -> Section:
+    reason = result["quality"].get("unavailable")
+    text = (f"{NOT_MEASURED.capitalize()}: {reason}",) if reason else ()
+    return Section("quality", "Quality", text, tables=() if reason else (tables.quality(result),))
+
+
+def _repeats(result: Result) -> Section:
+    return Section("repeats", "Repeats and checks", tables=(tables.repeats(result), tables.checks(result)))
+
+
+def _machine(result: Result) -> Section:
+    workload = {"request_rate": "unlimited", "max_concurrency": "unlimited"}
+    workload |= {key: value for key, value in result["workload"].items() if value is not None}
+    return Section(
+        "machine",
+        "Machine and workload",
+        tables=(
+            tables.served(result),
+            tables.pairs("The machine", tables.described(result["machine"])),
+            tables.pairs("The workload", tables.described(workload)),
+        ),
+    )
+
+
+def _method(result: Result) -> tuple[str, ...]:
+    compared = (
+        "The sides take turns, A B A B, and only one is loaded at a time. A / B is the median of the repeats' ratios "
+        "with its 95 % interval; where the interval holds 1, no difference was shown.",
+    )
+    return (
+        "Requests arrive on a schedule that does not wait for answers (open loop), with gaps of the stated burstiness; "
+        "a latency counts from the scheduled arrival, so that a server that stalls cannot hide it.",
+        "Names of figures are those of vllm bench serve. TTFT: from arrival to the first token. TPOT: the rest of a "
+        "request over its further tokens. ITL: each gap between two pieces of an answer. E2EL: the whole request.",
+        "Goodput counts the requests that meet every limit of the SLO.",
+        *(compared if "B" in sides(result) else ()),
+        "Perplexity is that of the sides on one text. A run is not valid where the client was the bottleneck, where "
+        "requests failed, or where client and server count differently.",
+    )
