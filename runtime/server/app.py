@@ -14,14 +14,14 @@ from starlette.middleware.cors import CORSMiddleware
 
 from runtime.engine.base import EngineDeadError
 from runtime.server.access_log import log_request
-from runtime.server.auth import ApiKeys, Authentication
+from runtime.server.auth import PROBES, ApiKeys, Authentication
 from runtime.server.catalog import ModelCatalog
 from runtime.server.context import Context
 from runtime.server.errors import install_error_handlers
 from runtime.server.headers import SecurityHeaders, cors_options
 from runtime.server.limits import RateLimits
 from runtime.server.middleware import RecordSink, RequestScope, SizeLimits
-from runtime.server.routes import chat, completions, docs, health, metrics, models, tokenize, version
+from runtime.server.routes import chat, completions, docs, health, metrics, models, playground, tokenize, version
 from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
 from runtime.server.telemetry_loop import watch_loop_lag
@@ -69,6 +69,8 @@ def create_app(
     install_error_handlers(app)
     for resource in (completions, chat, tokenize, models, health, version, metrics, docs):
         app.include_router(resource.router)
+    if settings.playground != "off":
+        app.include_router(playground.router)
     return app
 
 
@@ -76,10 +78,11 @@ def _layers(
     settings: ServerSettings, telemetry: Telemetry, keys: ApiKeys, sinks: Sequence[RecordSink]
 ) -> list[Middleware]:
     """What every request passes on its way in, from the outside."""
+    open_paths = PROBES | playground.PATHS if settings.playground == "open" else PROBES
     layers = [
         Middleware(RequestScope, sinks=[log_request, telemetry.answered, *sinks]),
         Middleware(SecurityHeaders),
-        Middleware(Authentication, keys=keys),
+        Middleware(Authentication, keys=keys, open_paths=open_paths),
         Middleware(SizeLimits, settings.max_header_bytes, settings.max_body_bytes, keep=settings.log_prompts),
     ]
     if settings.requests_per_minute or settings.tokens_per_minute:

@@ -1,6 +1,7 @@
 """API keys: who may call the server.
 
-Once there is a key, every route asks for one, those that do not exist too; only the probes of `OPEN_PATHS` do not.
+Once there is a key, every route asks for one, those that do not exist too; only `PROBES` do not, and what the settings
+open by name.
 A client sends it as OpenAI's clients do, `Authorization: Bearer KEY`, or, so that people can open the pages in a
 browser, as the password of HTTP's basic authentication, under any user name.
 """
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from runtime.server.errors import ApiError, send_error
 from runtime.server.request_record import request_record
 
-OPEN_PATHS = ("/health", "/ready")
+PROBES = frozenset({"/health", "/ready"})
 """For load balancers and supervisors, which have no key."""
 
 _NAMED_KEY = re.compile(r"(?:(?P<name>[\w.-]{1,64}):)?(?P<key>[!-~]+)", re.ASCII)
@@ -90,13 +91,15 @@ class ApiKeys:
 class Authentication:
     """ASGI middleware: answers 401 to whoever has no key, and notes the key's name in the request's record."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str] = PROBES) -> None:
+        """`open_paths`: those that ask for no key, each a whole path."""
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through or refuses it."""
-        if scope["type"] != "http" or not self._keys or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or not self._keys or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -122,9 +125,10 @@ def _presented(authorization: str) -> str | None:
 
 
 def _refusal(has_key: bool, headers: Headers) -> ApiError:
-    message = "this API key is not known here" if has_key else "an API key is needed: Authorization: Bearer KEY"
     # Only where a person would see it does a browser ask for a password.
     scheme = "Basic" if "text/html" in headers.get("accept", "") else "Bearer"
+    needed = {"Bearer": "Authorization: Bearer KEY", "Basic": "give it as the password, under any user name"}[scheme]
+    message = "this API key is not known here" if has_key else f"an API key is needed: {needed}"
     challenge = {"WWW-Authenticate": f'{scheme} realm="osp-runtime"'}
     return ApiError(401, message, code="invalid_api_key", headers=challenge)
 

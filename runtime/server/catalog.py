@@ -49,6 +49,7 @@ class ServedModel:
             precision=engine.info.precision,
             scheme=scheme,
             quality=quality,
+            chat=chat_template is not None,
         )
 
 

@@ -91,6 +91,11 @@ class ServerSettings(BaseSettings):
     api_key_file: Path | None = _setting(
         "Access", None, "A file with API keys, one a line, KEY or NAME:KEY; read anew when it changes, and on SIGHUP."
     )
+    playground: Literal["keyed", "open", "off"] = _setting(
+        "Access",
+        "keyed",
+        "Who gets the page at /: keyed, whoever has a key where there are keys; open, everybody; off, nobody.",
+    )
     requests_per_minute: int = _setting(
         "Access", 0, "POST requests a minute of one key, or without keys of one address; 0 for no limit.", ge=0
     )

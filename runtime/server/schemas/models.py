@@ -19,6 +19,7 @@ class ModelCard(BaseModel):
     precision: str
     scheme: dict[str, Any] | None = Field(description="What is quantized and how; null at full precision.")
     quality: dict[str, Any] | None = Field(description="What was measured when the checkpoint was made.")
+    chat: bool = Field(description="Whether it has a chat template, and so answers conversations.")
 
 
 class ModelList(BaseModel):

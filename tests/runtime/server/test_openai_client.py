@@ -140,6 +140,7 @@ def test_the_models(client: openai.OpenAI) -> None:
         "precision": "w4a4",
         "scheme": named("w4a4").to_dict(),
         "quality": {"perplexity_16bit": 10.0, "perplexity": 10.5},
+        "chat": False,
     }
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("owner/other")
