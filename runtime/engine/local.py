@@ -30,7 +30,7 @@ from runtime.engine.base import (
 from runtime.engine.kv_cache import BlockPool
 from runtime.engine.scheduler import Scheduler, SchedulerLimits
 from runtime.engine.step import OutcomeReader, Step
-from runtime.engine.stream import Stream
+from runtime.engine.stream import Mailroom, Stream
 from runtime.engine.validation import check_request
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,16 @@ log = logging.getLogger(__name__)
 class LocalEngine:
     """An `Engine` that runs a `ModelRunner` in a thread of its own. `shutdown` ends the thread."""
 
-    def __init__(self, runner: ModelRunner, limits: SchedulerLimits | None = None) -> None:
+    def __init__(
+        self, runner: ModelRunner, limits: SchedulerLimits | None = None, stream_interval_s: float = 0.0
+    ) -> None:
+        """`stream_interval_s`: see `Mailroom`; with 0 each token is delivered by itself, at once."""
         self._runner = runner
         self._limits = limits or SchedulerLimits()
         self._scheduler = Scheduler(BlockPool(runner.num_blocks, runner.block_size), self._limits)
         self._reader = OutcomeReader(runner.info.vocab_size)
         self._streams: dict[str, Stream] = {}
+        self._mailroom = Mailroom(stream_interval_s)
         self._draining = self._stopping = False
         self._death: str | None = None
         self._step_began: float | None = None  # of the step that is under way
@@ -102,7 +106,7 @@ class LocalEngine:
             self._require_alive()
             if stall := self._stall():
                 error = EngineDeadError(stall)
-                for stream in Stream.send((stream, error) for stream in list(self._streams.values())):
+                for stream in self._mailroom.send((stream, error) for stream in list(self._streams.values())):
                     self._forget(stream)
                 raise error
 
@@ -116,7 +120,7 @@ class LocalEngine:
     # The client's side.
 
     def _submit(self, request: GenerationRequest) -> Stream:
-        stream = Stream(request.request_id, request.n)
+        stream = self._mailroom.open(request.request_id, request.n)
         with self._changed:
             self._require_alive()
             if stall := self._stall():
@@ -151,7 +155,7 @@ class LocalEngine:
         self._deliver((request_id, TokenChunk((), FinishReason.ABORT, i)) for i in ended)
 
     def _deliver(self, news: Iterable[tuple[str, TokenChunk | GenerationError]]) -> None:
-        for stream in Stream.send((self._streams[request_id], event) for request_id, event in news):
+        for stream in self._mailroom.send((self._streams[request_id], event) for request_id, event in news):
             self._forget(stream)
 
     def _forget(self, stream: Stream) -> None:
@@ -199,7 +203,7 @@ class LocalEngine:
     def _die(self, reason: str) -> None:
         with self._changed:
             self._death = reason
-            Stream.send((stream, EngineDeadError(reason)) for stream in self._streams.values())
+            self._mailroom.send((stream, EngineDeadError(reason)) for stream in self._streams.values())
             self._streams.clear()
             self._changed.notify_all()
 

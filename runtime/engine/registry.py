@@ -30,15 +30,18 @@ class UnknownEngineError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How to run an engine that computes on this machine; the reference engine has no use for them.
+    """How to run an engine that computes on this machine.
 
     Attributes:
-        threads: 0 for as many as the process may use (affinity mask and cgroup quota).
+        threads: 0 for as many as the process may use (affinity mask and cgroup quota). The reference engine has no
+            use for it, nor for `kernel`.
         kernel: one of `osp bench kernel`'s; empty for the best that the processor runs.
+        stream_interval_s: least seconds between two deliveries of tokens, see `runtime.engine.stream.Mailroom`.
     """
 
     threads: int = 0
     kernel: str = ""
+    stream_interval_s: float = 0.0
 
 
 def load_engine(
@@ -52,7 +55,8 @@ def load_engine(
         CheckpointError: `path` is not a usable checkpoint.
         KernelError: the options name a kernel that this processor does not run.
     """
-    return LocalEngine(load_runner(name, path, options), limits)
+    options = options or EngineOptions()
+    return LocalEngine(load_runner(name, path, options), limits, options.stream_interval_s)
 
 
 def load_runner(name: str, path: Path, options: EngineOptions | None = None) -> ModelRunner:

@@ -1,15 +1,25 @@
-"""The way from an engine's thread to its clients, each of whom waits in an event loop."""
+"""The way from an engine's thread to its clients, each of whom waits in an event loop.
+
+Waking an event loop, and a client in it, costs about as much as a small model takes for a token. So a `Mailroom`
+brings what has come for all streams of a loop at once, and no more often than every `interval_s`. Only the first and
+the last event of a sequence, and errors, do not wait. A model that takes longer than that for a step is not delayed.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections import defaultdict
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+from weakref import WeakKeyDictionary
 
-from runtime.engine.base import TokenChunk
+from runtime.engine.base import FinishReason, TokenChunk
 
 Event = TokenChunk | Exception
+ABORT = FinishReason.ABORT
 
 
 class Stream:
@@ -19,24 +29,54 @@ class Stream:
         queued_s: seconds until the request's first step; 0 before it.
     """
 
-    def __init__(self, request_id: str, sequences: int) -> None:
+    def __init__(self, request_id: str, sequences: int, *, gathers: bool) -> None:
         self.request_id = request_id
         self.queued_s = 0.0
+        self._gathers = gathers
+        self.loop = asyncio.get_running_loop()
         self._submitted = time.monotonic()
         self._scheduled = False
         self._unfinished = sequences
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._silent = set(range(sequences))
+        self._events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
 
     async def next(self) -> Event:
-        """The next event, when it is there."""
-        return await self._events.get()
+        """The next event, when it is there; if the stream gathers, with all chunks of its sequence that are there."""
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        first = self._events.popleft()
+        if isinstance(first, Exception) or not (self._gathers and self._events):
+            return first
+        same, others = [first], deque[Event]()
+        for event in self._events:
+            # Not an abort: it takes no tokens with it.
+            if isinstance(event, TokenChunk) and event.index == first.index and event.finish_reason is not ABORT:
+                same.append(event)
+            else:
+                others.append(event)
+        self._events = others
+        return _joined(same)
+
+    def put(self, event: Event) -> None:
+        """Called in the stream's event loop."""
+        self._events.append(event)
+        self._arrived.set()
 
     def scheduled(self) -> None:
         """The request is part of a step that is about to begin."""
         if not self._scheduled:
             self._scheduled = True
             self.queued_s = time.monotonic() - self._submitted
+
+    def is_urgent(self, event: Event) -> bool:
+        """Whether an event, which is about to be sent, is an error, or a sequence's first or last."""
+        if isinstance(event, Exception):
+            return True
+        first = event.index in self._silent
+        self._silent.discard(event.index)
+        return first or event.finish_reason is not None
 
     def ends_with(self, event: Event) -> bool:
         """Whether an event, which is about to be sent, is the last: an error, or the end of the last sequence."""
@@ -45,25 +85,78 @@ class Stream:
         self._unfinished -= event.finish_reason is not None
         return not self._unfinished
 
-    @staticmethod
-    def send(events: Iterable[tuple[Stream, Event]]) -> set[Stream]:
-        """Sends events, from any thread; returns the streams that are over.
+
+class Mailroom:
+    """Brings events to streams. `send` may be called from any thread, by one caller at a time."""
+
+    def __init__(self, interval_s: float) -> None:
+        """Takes the least time between two deliveries to an event loop; 0 delivers each event by itself, at once."""
+        self._interval_s = interval_s
+        self._rounds: WeakKeyDictionary[asyncio.AbstractEventLoop, _Round] = WeakKeyDictionary()
+
+    def open(self, request_id: str, sequences: int) -> Stream:
+        """The way to a client in the running event loop; what that one is slow to take is gathered too."""
+        return Stream(request_id, sequences, gathers=self._interval_s > 0)
+
+    def send(self, events: Iterable[tuple[Stream, Event]]) -> set[Stream]:
+        """Sends events; returns the streams that are over.
 
         Over is a stream that has had its last event, or whose event loop is closed, so that nobody listens any more.
         """
-        over, letters = set(), defaultdict(list)
+        over = set[Stream]()
+        letters: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
+        urgent = set[asyncio.AbstractEventLoop]()
         for stream, event in events:
-            letters[stream._loop].append((stream, event))
+            letters.setdefault(stream.loop, []).append((stream, event))
+            if stream.is_urgent(event):
+                urgent.add(stream.loop)
             if stream.ends_with(event):
                 over.add(stream)
         for loop, letter in letters.items():
+            round_ = self._rounds.setdefault(loop, _Round(self._interval_s))
             try:
-                loop.call_soon_threadsafe(_put, letter)  # one for all: each wakes the loop, which costs a system call
+                round_.add(loop, letter, urgent=loop in urgent)
             except RuntimeError:
                 over.update(stream for stream, _ in letter)
         return over
 
 
-def _put(letter: list[tuple[Stream, Event]]) -> None:
-    for stream, event in letter:
-        stream._events.put_nowait(event)
+class _Round:
+    """The deliveries to one event loop."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._mail: list[tuple[Stream, Event]] = []
+        self._expected = False  # a delivery is under way to the loop, or its timer runs
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, loop: asyncio.AbstractEventLoop, letter: list[tuple[Stream, Event]], *, urgent: bool) -> None:
+        """Raises RuntimeError if the loop is closed."""
+        with self._lock:
+            self._mail += letter
+            wake = urgent or not self._expected
+            self._expected = True
+        if wake:
+            loop.call_soon_threadsafe(self._deliver, loop)
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            mail, self._mail = self._mail, []
+            # The timer that finds nothing to deliver is the last: what comes then, comes at once.
+            again = self._expected = bool(mail) and self._interval_s > 0
+        for stream, event in mail:
+            stream.put(event)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(self._interval_s, self._deliver, loop) if again else None
+
+
+def _joined(chunks: list[TokenChunk]) -> TokenChunk:
+    first, last = chunks[0], chunks[-1]
+    return replace(
+        first,
+        token_ids=tuple(chain.from_iterable(chunk.token_ids for chunk in chunks)),
+        finish_reason=last.finish_reason,
+        logprobs=None if first.logprobs is None else tuple(chain.from_iterable(c.logprobs or () for c in chunks)),
+    )

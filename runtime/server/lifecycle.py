@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,6 +41,10 @@ KEEP_ALIVE_S = 75
 """How long a quiet connection stays open: longer than clients and load balancers keep theirs, so that it is they who
 close it, and none sends a request to a server that is about to."""
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread that wants Python's lock lets another go on with it. An engine's thread wants it between two steps,
+and the processor has nothing to do meanwhile; Python's own 5 ms are several steps of a small model."""
+
 _POLL_S = 0.1  # uvicorn's own pace
 
 
@@ -63,6 +68,7 @@ def run_server(settings: ServerSettings) -> None:
         tracer = open_tracer(settings.otlp_endpoint)
     except (ApiKeyError, TlsError, TracingError) as error:
         raise StartError(str(error)) from None
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     telemetry, catalog = Telemetry(), ModelCatalog()
     with _listen(settings.host, settings.port) as listener:
         app = create_app(settings, catalog, telemetry, keys, sinks=[tracer.record] if tracer else [])

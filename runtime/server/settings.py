@@ -84,6 +84,14 @@ class ServerSettings(BaseSettings):
         "Network", None, "PEM file with the certificate and its chain; read anew when it changes, and on SIGHUP."
     )
     tls_key: Path | None = _setting("Network", None, "PEM file with the certificate's private key.")
+    stream_interval: float = _setting(
+        "Network",
+        0.02,
+        "Least seconds between two events of a stream: tokens that come sooner share one. The first and the last do "
+        "not wait; 0 sends an event a token.",
+        ge=0,
+        le=10,
+    )
 
     api_key: Secrets = _setting(
         "Access", (), "API keys, each KEY or NAME:KEY, separated by commas. Not an option: command lines are public."
