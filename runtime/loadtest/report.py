@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from runtime.loadtest.report_chart import Chart
-from runtime.loadtest.report_figures import Result, side_names
+from runtime.loadtest.report_numbers import Result, side_names
 from runtime.loadtest.report_sections import sections
 from runtime.loadtest.report_verdict import verdict
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from runtime.loadtest import report_tables as tables
 from runtime.loadtest.report_chart import Chart
 from runtime.loadtest.report_curves import distribution_charts, sweep_charts
-from runtime.loadtest.report_figures import NOT_MEASURED, Result, sides
+from runtime.loadtest.report_numbers import NOT_MEASURED, Result, sides
 from runtime.loadtest.report_tables import Table
 
 
@@ -88,8 +88,9 @@ def _machine(result: Result) -> Section:
 
 def _method(result: Result) -> tuple[str, ...]:
     compared = (
-        "The sides take turns, A B A B, and only one is loaded at a time. A / B is the median of the repeats' ratios "
-        "with its 95 % interval; where the interval holds 1, no difference was shown.",
+        "The sides take turns, A B A B. A / B is the median of the repeats' ratios, and in brackets the 95 % interval "
+        "of their geometric mean (Student's t of the logarithms). Where it holds 1, no difference was shown. What was "
+        "measured once a side has no interval.",
     )
     return (
         "Requests arrive on a schedule that does not wait for answers (open loop), with gaps of the stated burstiness; "

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.loadtest.report_figures import (
+from runtime.loadtest.report_numbers import (
     METRICS,
     NOT_MEASURED,
     Metric,
+    Ratio,
     Result,
     figure,
     percent,
     perplexity_figure,
-    quotient,
     rate,
     reading,
+    setting,
     side_names,
     sides,
     times,
@@ -29,7 +30,10 @@ LATENCIES = {
     "itl": "Inter-token latency (ITL)",
     "e2el": "Whole request (E2EL)",
 }
-STATISTICS = ("mean", "std", "median", "p90", "p99")
+STATISTICS = ("mean", "std", "median", "p90", "p95", "p99")
+
+
+Sides = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,30 +69,21 @@ def headline(result: Result) -> Table:
     return Table("Medians of the repeats", columns, tuple(rows))
 
 
-def _metric_row(
-    metric: Metric, measured: Mapping[str, Mapping[str, Any]], ratio: Mapping[str, float] | None
-) -> tuple[Cell, ...]:
-    values = [side.get(metric.key) for side in measured.values()]
-    cells = [Cell(metric.name, metric.unit), *(Cell(metric.write(value)) for value in values)]
-    if len(values) == 2:
-        cells.append(
-            Cell(times(ratio), reading(metric, ratio)) if ratio else _plain_ratio(quotient(*values), "no interval")
-        )
+def _metric_row(metric: Metric, measured: Sides, ratio: Ratio | None) -> tuple[Cell, ...]:
+    cells = [Cell(metric.name, metric.unit), *(Cell(metric.write(side)) for side in measured.values())]
+    if "B" in measured:
+        cells.append(Cell(times(ratio), reading(metric, ratio)) if ratio else Cell(NOT_MEASURED))
     return tuple(cells)
 
 
-def _perplexity_row(quality: Mapping[str, Any], measured: Mapping[str, Any]) -> tuple[Cell, ...]:
+def _perplexity_row(quality: Mapping[str, Any], measured: Sides) -> tuple[Cell, ...]:
     perplexity: Mapping[str, Any] = quality.get("perplexity") or {}
     reason = str(quality.get("unavailable") or "")
-    values = [perplexity.get(letter) for letter in measured]
-    cells = [Cell(perplexity_figure(value), reason if value is None else "") for value in values]
-    if len(values) == 2:
-        cells.append(_plain_ratio(quotient(*values), "same text, no interval", digits=4))
-    return (Cell("Perplexity"), *cells)
-
-
-def _plain_ratio(ratio: float | None, note: str, digits: int = 3) -> Cell:
-    return Cell(NOT_MEASURED) if ratio is None else Cell(f"{figure(ratio, digits)} x", note)
+    cells = [Cell("Perplexity"), *(_or_reason(perplexity_figure(perplexity.get(side)), reason) for side in measured)]
+    if "B" in measured:
+        ratio = perplexity.get("ratio")
+        cells.append(Cell(NOT_MEASURED) if ratio is None else Cell(f"{figure(ratio, 4)} x", "on the same text"))
+    return tuple(cells)
 
 
 def latencies(result: Result) -> Table:
@@ -191,7 +186,7 @@ def _or_reason(text: str, reason: str) -> Cell:
     return Cell(text, reason if text == NOT_MEASURED else "")
 
 
-def _titles(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _titles(measured: Sides) -> list[str]:
     return [f"{letter}: {side['name']}" for letter, side in measured.items()]
 
 
@@ -249,7 +244,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return yes_no(value)
     if isinstance(value, float):
-        return figure(value)
+        return setting(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

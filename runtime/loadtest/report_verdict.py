@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runtime.loadtest.report_figures import (
+from runtime.loadtest.report_numbers import (
     MEDIAN_TPOT,
     MEDIAN_TTFT,
     MEMORY,
@@ -14,7 +14,6 @@ from runtime.loadtest.report_figures import (
     figure,
     percent,
     perplexity_figure,
-    quotient,
     shows_difference,
     side_names,
     sides,
@@ -38,7 +37,7 @@ def _compared(result: Result, names: Mapping[str, str]) -> Iterator[str]:
     ratios: Mapping[str, Any] = result.get("ratio") or {}
     speed, cost = ratios.get(THROUGHPUT.key), _cost(result["quality"])
     a, b = names["A"], names["B"]
-    if speed is not None and shows_difference(speed):
+    if speed is not None and shows_difference(speed) is not False:
         yield f"{a} gives {times(speed)} the output tokens/s of {b}" + (f" and {cost}." if cost else ".")
     else:
         yield (
@@ -48,6 +47,8 @@ def _compared(result: Result, names: Mapping[str, str]) -> Iterator[str]:
         )
         if cost:
             yield f"{a} {cost}."
+    if speed is not None and shows_difference(speed) is None:
+        yield "One repeat gives no interval: repeat before relying on it."
     if not cost:
         yield _cost_unknown(result["quality"], a)
     latencies = [f"its {words} is {times(ratios[m.key])}" for m, words in OTHER_FIGURES.items() if ratios.get(m.key)]
@@ -59,9 +60,9 @@ def _compared(result: Result, names: Mapping[str, str]) -> Iterator[str]:
 
 
 def _alone(side: Mapping[str, Any], name: str, quality: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{name} gives {THROUGHPUT.write(side.get(THROUGHPUT.key))} output tokens/s."
+    yield f"{name} gives {THROUGHPUT.write(side)} output tokens/s."
     for metric, words in OTHER_FIGURES.items():
-        yield f"Its {words} is {metric.write(side.get(metric.key))} {metric.unit}."
+        yield f"Its {words} is {metric.write(side)} {metric.unit}."
     value = (quality.get("perplexity") or {}).get("A")
     yield f"Its perplexity is {perplexity_figure(value)}." if value else _cost_unknown(quality, name)
 
@@ -69,7 +70,7 @@ def _alone(side: Mapping[str, Any], name: str, quality: Mapping[str, Any]) -> It
 def _cost(quality: Mapping[str, Any]) -> str:
     """What A costs in perplexity, to follow its name; empty where it was not measured."""
     perplexity: Mapping[str, Any] = quality.get("perplexity") or {}
-    ratio = quotient(perplexity.get("A"), perplexity.get("B"))
+    ratio = perplexity.get("ratio")
     if ratio is None:
         return ""
     values = f"({perplexity_figure(perplexity['A'])} against {perplexity_figure(perplexity['B'])})"

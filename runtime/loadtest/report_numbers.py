@@ -10,6 +10,9 @@ from typing import Any
 Result = Mapping[str, Any]
 """A load test's `result.json`."""
 
+Ratio = Mapping[str, Any]
+"""A over B: "median", and the interval "low" to "high", which may be None."""
+
 NOT_MEASURED = "not measured"
 
 
@@ -18,16 +21,25 @@ class Metric:
     """A figure that both sides have and that can be compared."""
 
     key: str
-    """Its name in `result.json`: that of `vllm bench serve` where that has it."""
+    """Its name among the ratios: that of `vllm bench serve` where that has it."""
     name: str
     unit: str
     more_is_better: bool
     per_unit: float = 1.0
     """How many of the result's units make one of `unit`."""
+    place: tuple[str, ...] = ()
+    """Where it stands in a side, if not under `key`."""
 
-    def write(self, value: float | None) -> str:
-        """The value in `unit`."""
-        return figure(value if value is None else value / self.per_unit)
+    def of(self, side: Mapping[str, Any]) -> float | None:
+        """The side's value, None where it was not measured."""
+        value: Any = side
+        for name in self.place or (self.key,):
+            value = None if value is None else value.get(name)
+        return None if value is None else value / self.per_unit
+
+    def write(self, side: Mapping[str, Any]) -> str:
+        """The side's value in `unit`, without the unit."""
+        return figure(self.of(side))
 
 
 THROUGHPUT = Metric("output_throughput", "Output throughput", "tokens/s", more_is_better=True)
@@ -45,9 +57,23 @@ METRICS = (
     Metric("p99_tpot_ms", "TPOT, p99", "ms", more_is_better=False),
     Metric("p99_itl_ms", "Inter-token latency (ITL), p99", "ms", more_is_better=False),
     Metric("median_e2el_ms", "Whole request (E2EL), median", "ms", more_is_better=False),
+    Metric(
+        "saturation_output_throughput",
+        "Output throughput at saturation",
+        "tokens/s",
+        more_is_better=True,
+        place=("saturation", "output_throughput"),
+    ),
+    Metric(
+        "slo_request_goodput",
+        "Goodput at the highest rate within the SLO",
+        "requests/s",
+        more_is_better=True,
+        place=("max_rate_at_slo", "request_goodput"),
+    ),
     MEMORY,
     Metric("gpu_memory_MB", "GPU memory", "MB", more_is_better=False),
-    Metric("weight_bytes", "Weights", "MB", more_is_better=False, per_unit=1e6),
+    Metric("weight_bytes", "Weight files", "MB", more_is_better=False, per_unit=1e6),
     Metric("load_seconds", "Time to load", "s", more_is_better=False),
     Metric("energy_J_per_token", "Energy", "J/token", more_is_better=False),
 )
@@ -55,13 +81,11 @@ METRICS = (
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits and all digits before the point; integers are written whole."""
+    """A number with so many significant digits and all digits before the point; whole numbers are written whole."""
     if value is None or not math.isfinite(value):
         return NOT_MEASURED
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value == 0:
-        return "0"
+    if value == int(value):
+        return f"{int(value):,}"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
@@ -70,29 +94,32 @@ def perplexity_figure(value: float | None) -> str:
     return figure(value, digits=4)
 
 
-def times(ratio: Mapping[str, float]) -> str:
-    """A ratio and its interval: `3.10 x (2.90 to 3.30)`; without the interval where no digit would show it."""
-    median, low, high = (figure(ratio[name]) for name in ("median", "low", "high"))
-    return f"{median} x" if low == high else f"{median} x ({low} to {high})"
+def times(ratio: Ratio) -> str:
+    """A ratio and its interval: `3.10 x (2.90 to 3.30)`."""
+    if ratio["low"] is None or ratio["high"] is None:
+        return f"{figure(ratio['median'])} x"
+    return f"{figure(ratio['median'])} x ({figure(ratio['low'])} to {figure(ratio['high'])})"
 
 
-def quotient(a: float | None, b: float | None) -> float | None:
-    """A over B, None where there is no such number."""
-    if a is None or b is None or not b or not math.isfinite(a / b):
-        return None
-    return a / b
+def shows_difference(ratio: Ratio) -> bool | None:
+    """Whether the interval leaves out 1; None without an interval."""
+    low, high = ratio["low"], ratio["high"]
+    return None if low is None or high is None else low > 1 or high < 1
 
 
-def shows_difference(ratio: Mapping[str, float]) -> bool:
-    """Whether the interval leaves out 1."""
-    return ratio["low"] > 1 or ratio["high"] < 1
-
-
-def reading(metric: Metric, ratio: Mapping[str, float]) -> str:
+def reading(metric: Metric, ratio: Ratio) -> str:
     """What a ratio of A over B says, in words."""
-    if not shows_difference(ratio):
+    difference = shows_difference(ratio)
+    if difference is None:
+        return "no interval"
+    if not difference:
         return "no difference shown"
-    return "A better" if (ratio["low"] > 1) == metric.more_is_better else "B better"
+    return "A better" if (ratio["median"] > 1) == metric.more_is_better else "B better"
+
+
+def setting(value: float) -> str:
+    """A number that was chosen, not measured: no digits that say nothing."""
+    return f"{value:,.10g}"
 
 
 def percent(share: float | None) -> str:
@@ -102,7 +129,7 @@ def percent(share: float | None) -> str:
 
 def rate(requests_per_s: float | None) -> str:
     """A request rate; none means that nothing holds the requests back."""
-    return "unlimited" if requests_per_s is None else figure(requests_per_s)
+    return "unlimited" if requests_per_s is None else setting(requests_per_s)
 
 
 def yes_no(value: bool | None) -> str:
