@@ -57,7 +57,7 @@ def tune_and_quantize(
     work = out.resolve().with_name(f".{out.resolve().name}.tuning")
     if work.exists() and not resume:
         raise FileExistsError(f"{work} holds an unfinished tuning: go on with --resume, or remove it to start anew")
-    text = TuningText.for_model(source, data, settings.batch_tokens, settings.seed)
+    text = TuningText.for_model(source, data, settings.longest_window, settings.seed)
     _begin(work, _begun_with(source, scheme, settings, text, options))
     start, tuned = work / "start", work / "tuned"
     try:

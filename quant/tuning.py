@@ -36,6 +36,9 @@ EVALUATIONS = 10
 
 STATE_FILE = "tuning.pt"
 
+MOST_LOGITS = 2**26
+"""So many logits are held at a time, in a handful of copies: a large vocabulary has smaller micro-batches."""
+
 
 class TuningError(RuntimeError):
     """Tuning cannot go on; the message says at which step, and what to change."""
@@ -47,8 +50,9 @@ class TuneSettings:
 
     Attributes:
         steps: optimizer steps.
-        batch_tokens: tokens a step; at least one window of the context length.
-        micro_batch_tokens: tokens that go through the model at a time; bounds memory.
+        batch_tokens: tokens a step; at least one window.
+        window_tokens: the longest window; the model's context where that is shorter.
+        micro_batch_tokens: tokens that go through the model at a time, at least one window; bounds memory.
         matrix_lr: Muon's, for the matrices of the blocks. About a fifth of what the model was trained with.
         table_lr: AdamW's, for embedding and head.
         unrounded_share: of the windows of a batch, those that the unrounded weights learn from too (at least one), and
@@ -59,6 +63,7 @@ class TuneSettings:
 
     steps: int
     batch_tokens: int = 4096
+    window_tokens: int = 1024
     micro_batch_tokens: int = 2048
     matrix_lr: float = 6e-4
     table_lr: float = 2e-4
@@ -70,6 +75,11 @@ class TuneSettings:
     patience: int = 3
     seed: int = 0
 
+    @property
+    def longest_window(self) -> int:
+        """Tokens of a window, unless the model's context is shorter."""
+        return min(self.window_tokens, self.batch_tokens)
+
     @classmethod
     def with_rate(cls, steps: int, matrix_lr: float) -> TuneSettings:
         """With another learning rate of the matrices, and one for the tables that keeps its proportion."""
@@ -78,7 +88,7 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.unrounded_share <= 1:
             raise TuningError(f"unrounded_share must lie between 0 and 1, is {self.unrounded_share}")
-        for name in ("steps", "batch_tokens", "micro_batch_tokens", "patience"):
+        for name in ("steps", "batch_tokens", "window_tokens", "micro_batch_tokens", "patience"):
             if getattr(self, name) < 1:
                 raise TuningError(f"{name} must be at least 1, is {getattr(self, name)}")
         for name in ("matrix_lr", "table_lr", "scale_lr"):
@@ -202,7 +212,8 @@ class _Run:
 
     def _rows(self) -> int:
         """Windows that go through the model at a time."""
-        return max(1, self.settings.micro_batch_tokens // self.text.window_length)
+        most = min(self.settings.micro_batch_tokens, MOST_LOGITS // self.model.config.vocab_size)
+        return max(1, most // self.text.window_length)
 
     @torch.no_grad()
     def _teach(self, windows_BL: Tensor) -> Tensor:

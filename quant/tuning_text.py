@@ -44,15 +44,15 @@ class TuningText:
 
     @classmethod
     def for_model(
-        cls, checkpoint: Path, paths: Sequence[str | os.PathLike[str]], batch_tokens: int, seed: int
+        cls, checkpoint: Path, paths: Sequence[str | os.PathLike[str]], longest: int, seed: int
     ) -> TuningText:
-        """In windows of the model's context length, or of `batch_tokens` where that is less; errors as `read`.
+        """In windows of the model's context length, or of `longest` tokens where that is less; errors as `read`.
 
         Raises:
             CheckpointError: `checkpoint` is not a usable one.
         """
         config, _ = read_config(checkpoint)
-        length = min(config.max_position_embeddings, batch_tokens)
+        length = min(config.max_position_embeddings, longest)
         return cls.read(paths, read_tokenizer(checkpoint), length, seed)
 
     @classmethod

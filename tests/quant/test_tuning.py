@@ -29,7 +29,7 @@ SETTINGS = TuneSettings(steps=12, batch_tokens=64, matrix_lr=1e-3, table_lr=1e-3
 
 
 def tune(source, start, out, paths, settings, **options):
-    text = TuningText.for_model(source, paths, settings.batch_tokens, settings.seed)
+    text = TuningText.for_model(source, paths, settings.longest_window, settings.seed)
     return tuning.tune(source, start, out, text, settings, **options)
 
 
