@@ -5,6 +5,7 @@ Colours and sizes of letters are classes of the page's style sheet, so that a ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
@@ -14,11 +15,14 @@ from runtime.loadtest.report_scale import Scale
 WIDTH, HEIGHT = 440, 300
 """Of the drawing. A phone shows it 360 pixels wide: letters of 13 are then still read."""
 
-LEFT, RIGHT, TOP, BOTTOM = 62, 418, 40, 252
+LEFT, RIGHT, TOP, BOTTOM = 70, 418, 40, 252
 """Edges of what the axes enclose."""
 
 NEAR = 16
 """Labels closer than this, in both directions, would lie on each other: the second moves aside by as much."""
+
+LIMIT_TEXT = 90
+"""About as wide is what is written on a limit."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,12 @@ class Chart:
         ET.SubElement(root, "title", id=f"{self.key}-title").text = self.title
         ET.SubElement(root, "desc", id=f"{self.key}-description").text = self.description
         self._draw_axes(root)
-        for value, text in self.limits:
-            y = self.y(value)
-            _line(root, (LEFT, y), (RIGHT, y), "limit")
-            _text(root, text, RIGHT, y - 5, "small end")
+        for value, _ in self.limits:
+            _line(root, (LEFT, self.y(value)), (RIGHT, self.y(value)), "limit")
         for series in self.series:
             self._draw_series(root, series)
+        for value, text in self.limits:
+            self._draw_limit_text(root, self.y(value) - 5, text)
         self._draw_labels(root)
         return ET.tostring(root, encoding="unicode")
 
@@ -94,6 +98,18 @@ class Chart:
         if series.marked:
             for point, place in zip(series.points, places, strict=True):
                 _mark(group, series.label, point, *place)
+
+    def _draw_limit_text(self, root: ET.Element, y: float, text: str) -> None:
+        """At the end of the line that is farther from any point."""
+        places = [(self.x(point.x), self.y(point.y)) for series in self.series for point in series.points]
+
+        def clearance(x: float) -> float:
+            return min((math.dist((x, y), place) for place in places), default=0.0)
+
+        if clearance(LEFT + LIMIT_TEXT / 2) > clearance(RIGHT - LIMIT_TEXT / 2):
+            _text(root, text, LEFT + 4, y, "small")
+        else:
+            _text(root, text, RIGHT, y, "small end")
 
     def _draw_labels(self, root: ET.Element) -> None:
         """Each series' label above its last point, or beside another label that is already there."""

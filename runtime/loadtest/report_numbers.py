@@ -96,9 +96,15 @@ def perplexity_figure(value: float | None) -> str:
 
 def times(ratio: Ratio) -> str:
     """A ratio and its interval: `3.10 x (2.90 to 3.30)`."""
+    between = interval(ratio)
+    return f"{figure(ratio['median'])} x" + (f" ({between})" if between else "")
+
+
+def interval(ratio: Ratio) -> str:
+    """`2.90 to 3.30`; empty where there is none."""
     if ratio["low"] is None or ratio["high"] is None:
-        return f"{figure(ratio['median'])} x"
-    return f"{figure(ratio['median'])} x ({figure(ratio['low'])} to {figure(ratio['high'])})"
+        return ""
+    return f"{figure(ratio['low'])} to {figure(ratio['high'])}"
 
 
 def shows_difference(ratio: Ratio) -> bool | None:
@@ -108,18 +114,25 @@ def shows_difference(ratio: Ratio) -> bool | None:
 
 
 def reading(metric: Metric, ratio: Ratio) -> str:
-    """What a ratio of A over B says, in words."""
+    """What is to be known about a ratio of A over B: its interval, and what that says."""
     difference = shows_difference(ratio)
     if difference is None:
         return "no interval"
     if not difference:
-        return "no difference shown"
-    return "A better" if (ratio["median"] > 1) == metric.more_is_better else "B better"
+        return f"{interval(ratio)}, no difference shown"
+    better = "A" if (ratio["median"] > 1) == metric.more_is_better else "B"
+    return f"{interval(ratio)}, {better} better"
 
 
 def setting(value: float) -> str:
     """A number that was chosen, not measured: no digits that say nothing."""
     return f"{value:,.10g}"
+
+
+def service_level(result: Result) -> str:
+    """The SLO in words; empty where there is none."""
+    slo: Mapping[str, Any] = result["workload"].get("slo") or {}
+    return ", ".join(f"{key.removesuffix('_ms').upper()} at most {setting(value)} ms" for key, value in slo.items())
 
 
 def percent(share: float | None) -> str:

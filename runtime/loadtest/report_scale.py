@@ -10,6 +10,9 @@ from dataclasses import dataclass
 MANTISSAS = (1, 2, 5)
 """The round numbers of a decade."""
 
+FEWEST_TICKS = 4
+"""Of a logarithmic axis, if it is long enough to have so many."""
+
 
 @dataclass(frozen=True)
 class Scale(ABC):
@@ -68,9 +71,11 @@ class LogScale(Scale):
 
     def ticks(self) -> list[tuple[float, str]]:
         decades = range(math.floor(math.log10(self.low) + 1e-9), math.ceil(math.log10(self.high) - 1e-9) + 1)
-        mantissas = (1,) if len(decades) > 3 else MANTISSAS
-        values = [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]
-        inside = [value for value in values if self.low * 0.999 <= value <= self.high * 1.001]
+        for mantissas in ((1,), (1, 5), MANTISSAS):
+            values = [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]
+            inside = [value for value in values if self.low * 0.999 <= value <= self.high * 1.001]
+            if len(inside) >= FEWEST_TICKS:
+                break
         return [(value, f"{value:,.10g}") for value in inside]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from runtime.loadtest import report_tables as tables
 from runtime.loadtest.report_chart import Chart
 from runtime.loadtest.report_curves import distribution_charts, sweep_charts
-from runtime.loadtest.report_numbers import NOT_MEASURED, Result, sides
+from runtime.loadtest.report_numbers import NOT_MEASURED, Result, service_level, sides
 from runtime.loadtest.report_tables import Table
 
 
@@ -47,7 +47,10 @@ def _sweep(result: Result) -> Section:
     charts = sweep_charts(result)
     if not charts:
         return Section("sweep", "Throughput against latency", (f"{NOT_MEASURED.capitalize()}: no rates were swept.",))
-    text = ("Each point is a request rate; hollow ones miss the SLO. Further right and lower is better.",)
+    text = (
+        "Each point is a request rate. Further right and lower is better. Hollow points miss the SLO: "
+        f"p99 of {service_level(result) or 'nothing'}, and no request failed.",
+    )
     shown = (tables.limits(result), tables.sweep(result))
     return Section("sweep", "Throughput against latency", text, charts, shown)
 
@@ -55,7 +58,8 @@ def _sweep(result: Result) -> Section:
 def _distributions(result: Result) -> Section:
     charts = distribution_charts(result)
     text = (
-        "How many waited no longer than so long, all repeats together. Each step up the axis is one nine more."
+        "The share of samples that took no longer, all repeats together. The tail is stretched: 90 %, 99 % and 99.9 % "
+        "are equally far apart."
         if charts
         else f"Distributions: {NOT_MEASURED}, the result holds no samples."
     )

@@ -20,16 +20,10 @@ from runtime.loadtest.report_numbers import (
     setting,
     side_names,
     sides,
-    times,
     yes_no,
 )
 
-LATENCIES = {
-    "ttft": "Time to first token (TTFT)",
-    "tpot": "Time per output token (TPOT)",
-    "itl": "Inter-token latency (ITL)",
-    "e2el": "Whole request (E2EL)",
-}
+LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 STATISTICS = ("mean", "std", "median", "p90", "p95", "p99")
 
 
@@ -51,12 +45,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The first column names the row; the others hold figures, or text where `prose`."""
+    """The first column names the row; the others hold figures, or text where `prose`.
+
+    Where it `compares`, columns are sides, under names that may be long.
+    """
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     prose: bool = False
+    compares: bool = False
 
 
 def headline(result: Result) -> Table:
@@ -66,13 +64,13 @@ def headline(result: Result) -> Table:
     rows = [_metric_row(metric, measured, ratios.get(metric.key)) for metric in METRICS]
     rows.append(_perplexity_row(result["quality"], measured))
     columns = ("", *_titles(measured), *(["A / B"] if "B" in measured else []))
-    return Table("Medians of the repeats", columns, tuple(rows))
+    return Table("Medians of the repeats; A / B with its 95 % interval", columns, tuple(rows), compares=True)
 
 
 def _metric_row(metric: Metric, measured: Sides, ratio: Ratio | None) -> tuple[Cell, ...]:
     cells = [Cell(metric.name, metric.unit), *(Cell(metric.write(side)) for side in measured.values())]
     if "B" in measured:
-        cells.append(Cell(times(ratio), reading(metric, ratio)) if ratio else Cell(NOT_MEASURED))
+        cells.append(Cell(f"{figure(ratio['median'])} x", reading(metric, ratio)) if ratio else Cell(NOT_MEASURED))
     return tuple(cells)
 
 
@@ -125,8 +123,8 @@ def limits(result: Result) -> Table:
             _row(
                 f"{letter}: {name}",
                 figure(saturation.get("output_throughput")),
-                rate(saturation["request_rate"]) if "request_rate" in saturation else NOT_MEASURED,
-                figure(at_slo.get("request_rate")),
+                rate(saturation["request_rate"]) if saturation else NOT_MEASURED,
+                rate(at_slo["request_rate"]) if at_slo else NOT_MEASURED,
                 figure(at_slo.get("request_goodput")),
             )
         )
@@ -227,15 +225,13 @@ def served(result: Result) -> Table:
         _row(name, *(_plain(side.get(key)) for side in measured.values()))
         for key, name in zip(keys, names, strict=True)
     )
-    return Table(
-        "What was served", ("", *(f"{letter}: {s['name']}" for letter, s in measured.items())), tuple(rows), True
-    )
+    return Table("What was served", ("", *_titles(measured)), tuple(rows), prose=True, compares=True)
 
 
 def described(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names and values of settings, as they stand in the result."""
+    """Names and values of settings."""
     for key, value in values.items():
-        yield key, _plain(value)
+        yield key.replace("_", " "), _plain(value)
 
 
 def _plain(value: Any) -> str:
@@ -246,7 +242,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return setting(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value)) or "none"
     return str(value)
