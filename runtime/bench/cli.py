@@ -1,4 +1,4 @@
-"""`osp bench`: kernels and the whole engine against the machine's limits."""
+"""`osp bench`: kernels and the whole engine against the machine's limits, servers against each other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import click
 
 from runtime.bench.precision import DEFAULT_PRECISION
 from runtime.bench.shapes import SHAPES
+from runtime.loadtest.cli import load
 
 
-@click.group(short_help="Measure speed: of kernels, of the whole engine.")
+@click.group(short_help="Measure speed: of kernels, of the whole engine, of servers.")
 def bench() -> None:
-    """Measure how fast the native engine is on this machine, beside what the machine can do."""
+    """Measure how fast the native engine is on this machine, beside what the machine can do, and servers under load."""
+
+
+bench.add_command(load)
 
 
 THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0: as many as the process may use.")
