@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.loadtest.report_chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Point, Series
-from runtime.loadtest.report_numbers import Result, figure, rate, setting, sides
+from runtime.loadtest.report_numbers import Result, figure, rate, setting, sides, sweep_points
 from runtime.loadtest.report_scale import LinearScale, LogScale, PercentileScale
 
 FLOOR_MS = 0.01
@@ -63,7 +63,7 @@ def _swept(letter: str, side: Mapping[str, Any], key: str, name: str) -> Series:
             f"{name} p99 {figure(point[key])} ms",
             hollow=not point.get("meets_slo", True),
         )
-        for point in side.get("sweep") or ()
+        for point in sweep_points(side)
         if point.get("output_throughput") and point.get(key)  # where nothing was completed there is nothing to draw
     ]
     return Series(letter, points)

@@ -141,13 +141,23 @@ def percent(share: float | None) -> str:
 
 
 def rate(requests_per_s: float | None) -> str:
-    """A request rate; none means that nothing holds the requests back."""
-    return "unlimited" if requests_per_s is None else setting(requests_per_s)
+    """A request rate; none is a closed loop, as many as the server takes."""
+    return "closed loop" if requests_per_s is None else figure(requests_per_s)
 
 
 def yes_no(value: bool | None) -> str:
     """Yes, no, or not measured."""
     return NOT_MEASURED if value is None else "yes" if value else "no"
+
+
+def sweep_points(side: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """By rate: they were measured in another order."""
+    return sorted(side.get("sweep") or (), key=lambda point: point["request_rate"])
+
+
+def quality_reasons(quality: Mapping[str, Any]) -> str:
+    """Why quality, or a part of it, was not measured; empty where nothing is known."""
+    return str(quality.get("unavailable") or "; ".join(quality.get("reasons") or ()))
 
 
 def sides(result: Result) -> dict[str, Mapping[str, Any]]:

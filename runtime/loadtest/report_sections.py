@@ -77,7 +77,7 @@ def _repeats(result: Result) -> Section:
 
 
 def _machine(result: Result) -> Section:
-    workload = {"request_rate": "unlimited", "max_concurrency": "unlimited"}
+    workload = {"request_rate": "none, a closed loop", "max_concurrency": "unlimited"}
     workload |= {key: value for key, value in result["workload"].items() if value is not None}
     return Section(
         "machine",
@@ -90,19 +90,31 @@ def _machine(result: Result) -> Section:
     )
 
 
-def _method(result: Result) -> tuple[str, ...]:
-    compared = (
-        "The sides take turns, A B A B. A / B is the median of the repeats' ratios, and in brackets the 95 % interval "
-        "of their geometric mean (Student's t of the logarithms). Where it holds 1, no difference was shown. What was "
-        "measured once a side has no interval.",
+def _method(result: Result) -> list[str]:
+    """How the figures came about, as far as this run did it."""
+    workload = result["workload"]
+    open_loop = (
+        "Requests arrive on a schedule that does not wait for answers (open loop), and a latency counts from the "
+        "scheduled arrival, so that a server that stalls cannot hide it."
     )
-    return (
-        "Requests arrive on a schedule that does not wait for answers (open loop), with gaps of the stated burstiness; "
-        "a latency counts from the scheduled arrival, so that a server that stalls cannot hide it.",
-        "Names of figures are those of vllm bench serve. TTFT: from arrival to the first token. TPOT: the rest of a "
-        "request over its further tokens. ITL: each gap between two pieces of an answer. E2EL: the whole request.",
-        "Goodput counts the requests that meet every limit of the SLO.",
-        *(compared if "B" in sides(result) else ()),
-        "Perplexity is that of the sides on one text. A run is not valid where the client was the bottleneck, where "
-        "requests failed, or where client and server count differently.",
+    closed_loop = (
+        "A request is sent when one before it has been answered (closed loop), and its latency counts from then. "
+        "Those of the sweep arrive on a schedule that does not wait for answers (open loop), and theirs count from the "
+        "scheduled arrival, so that a server that stalls cannot hide it."
     )
+    turns = "The sides take turns, A B A B, and one at a time is loaded."
+    halves = "Each side has half of the cores, and both are loaded at the same time."
+    ratio = (
+        "A / B is the median of the repeats' ratios; its 95 % interval is that of their geometric mean (Student's t of "
+        "the logarithms). Where it holds 1, no difference was shown. What was measured once a side has no interval."
+    )
+    return [
+        closed_loop if workload.get("request_rate") is None else open_loop,
+        *([f"{halves if workload.get('placement') == 'halves' else turns} {ratio}"] if "B" in sides(result) else []),
+        "Figures have the names and definitions of vllm bench serve. TTFT: until the first token. TPOT: the rest of "
+        "a request over its further tokens. ITL: each gap between two pieces of an answer. E2EL: the whole request. "
+        "Goodput counts the requests that keep every limit of the SLO.",
+        "The sweep raises the rate until the server is saturated, then narrows down the highest rate within the SLO.",
+        "A run is not valid if the client may have been the bottleneck, if requests failed or were cut short, or if "
+        "client and server count differently.",
+    ]

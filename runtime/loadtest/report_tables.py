@@ -15,11 +15,13 @@ from runtime.loadtest.report_numbers import (
     figure,
     percent,
     perplexity_figure,
+    quality_reasons,
     rate,
     reading,
     setting,
     side_names,
     sides,
+    sweep_points,
     yes_no,
 )
 
@@ -76,7 +78,7 @@ def _metric_row(metric: Metric, measured: Sides, ratio: Ratio | None) -> tuple[C
 
 def _perplexity_row(quality: Mapping[str, Any], measured: Sides) -> tuple[Cell, ...]:
     perplexity: Mapping[str, Any] = quality.get("perplexity") or {}
-    reason = str(quality.get("unavailable") or "")
+    reason = quality_reasons(quality)
     cells = [Cell("Perplexity"), *(_or_reason(perplexity_figure(perplexity.get(side)), reason) for side in measured)]
     if "B" in measured:
         ratio = perplexity.get("ratio")
@@ -98,7 +100,7 @@ def sweep(result: Result) -> Table:
     """What each request rate gave."""
     rows = (
         _row(
-            f"{letter}, {rate(point['request_rate'])} requests/s",
+            f"{letter}, {rate(point['request_rate'])}",
             figure(point.get("completed")),
             figure(point.get("output_throughput")),
             figure(point.get("median_ttft_ms")),
@@ -107,9 +109,17 @@ def sweep(result: Result) -> Table:
             yes_no(point.get("meets_slo")),
         )
         for letter, side in sides(result).items()
-        for point in side.get("sweep") or ()
+        for point in sweep_points(side)
     )
-    columns = ("", "completed", "tokens/s", "TTFT median, ms", "TTFT p99, ms", "TPOT p99, ms", "meets the SLO")
+    columns = (
+        "requests/s",
+        "completed",
+        "tokens/s",
+        "TTFT median, ms",
+        "TTFT p99, ms",
+        "TPOT p99, ms",
+        "meets the SLO",
+    )
     return Table("One row a rate", columns, tuple(rows))
 
 
@@ -153,7 +163,7 @@ def repeats(result: Result) -> Table:
 def quality(result: Result) -> Table:
     """Perplexity of the sides on one text, and how far their answers are the same."""
     measured: Mapping[str, Any] = result["quality"]
-    reason = str(measured.get("unavailable") or "")
+    reason = quality_reasons(measured)
     perplexity: Mapping[str, Any] = measured.get("perplexity") or {}
     agreement: Mapping[str, Any] = measured.get("token_agreement") or {}
     rows = [

@@ -14,6 +14,7 @@ from runtime.loadtest.report_numbers import (
     figure,
     percent,
     perplexity_figure,
+    quality_reasons,
     shows_difference,
     side_names,
     sides,
@@ -82,7 +83,7 @@ def _cost(quality: Mapping[str, Any]) -> str:
 
 
 def _cost_unknown(quality: Mapping[str, Any], name: str) -> str:
-    reason = quality.get("unavailable")
+    reason = quality_reasons(quality)
     return f"The quality of {name} was not measured" + (f": {reason}." if reason else ".")
 
 
