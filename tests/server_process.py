@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+EVENT_A_TOKEN = ("--stream-interval", "0")
+"""Has a stream's tokens come one by one, for tests that count them."""
+
 
 class ServerLog:
     """What a process writes to stderr, read as it comes: a pipe that nobody empties would stop the server."""

@@ -136,7 +136,7 @@ async def complete_chat(plan: ChatPlan) -> ChatCompletion:
 
 
 async def stream_chat(plan: ChatPlan) -> AsyncGenerator[str, None]:
-    """The answer piece by piece, as JSON texts, one a token, and before that one with the role. Raises as `generate`.
+    """The answer piece by piece, as JSON texts, and before that one with the role. Raises as `generate`.
 
     Where the usage is wanted, a last event without choices holds it; the other events then say null there.
     """

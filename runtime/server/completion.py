@@ -129,7 +129,7 @@ async def complete(plan: CompletionPlan) -> Completion:
 
 
 async def stream(plan: CompletionPlan) -> AsyncGenerator[str, None]:
-    """The answer piece by piece, as JSON texts, one a token. Raises as `generate` does.
+    """The answer piece by piece, as JSON texts. Raises as `generate` does.
 
     Where the usage is wanted, a last event without choices holds it; the other events then say null there.
     """

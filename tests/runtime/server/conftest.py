@@ -9,7 +9,7 @@ import openai
 import pytest
 from chat_checkpoint import write_chat
 from checkpoints import write_served
-from server_process import ServerProcess, running_server
+from server_process import EVENT_A_TOKEN, ServerProcess, running_server
 
 from runtime.text.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def server(checkpoint: Path) -> Iterator[ServerProcess]:
     """One server for all tests that leave it as it was. It must end well, too."""
-    with running_server(str(checkpoint)) as running:
+    with running_server(str(checkpoint), *EVENT_A_TOKEN) as running:
         yield running
         assert running.stop() == 0
 
@@ -45,7 +45,7 @@ def chat_tokenizer(chat_checkpoint: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def chat_server(chat_checkpoint: Path) -> Iterator[ServerProcess]:
     """A server with a chat model, on the reference engine: its logits can be computed here too."""
-    with running_server(str(chat_checkpoint), "--engine", "reference") as running:
+    with running_server(str(chat_checkpoint), "--engine", "reference", *EVENT_A_TOKEN) as running:
         yield running
         assert running.stop() == 0
 

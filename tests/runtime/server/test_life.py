@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from checkpoints import write_4bit, write_byte_level_tokenizer
-from server_process import osp_serve, running_server
+from server_process import EVENT_A_TOKEN, osp_serve, running_server
 
 from quant.format import QUANTIZED_WEIGHTS_FILE
 
@@ -107,7 +107,7 @@ def test_a_server_needs_neither_torch_nor_the_trainer() -> None:
 def test_a_signal_lets_a_running_answer_finish(checkpoint: Path, sig: signal.Signals) -> None:
     body = {"prompt": "The cat", "max_tokens": 100, "ignore_eos": True, "stream": True}
     with (
-        running_server(str(checkpoint), "--served-model-name", "cat") as server,
+        running_server(str(checkpoint), "--served-model-name", "cat", *EVENT_A_TOKEN) as server,
         httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "model": "cat"}, timeout=60) as response,
     ):
         lines = response.iter_lines()
