@@ -12,6 +12,7 @@ reference's first choice.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,10 +86,12 @@ def main(model: str, data: Path, count: int, prompt_tokens: int, tokens: int) ->
     native = NativeRunner(path, num_blocks=BATCH * blocks)
     reference = ReferenceRunner(read_checkpoint(path), num_blocks=blocks, kv_float=ml_dtypes.bfloat16)
     below: list[NDArray[np.float32]] = []
-    with click.progressbar(range(0, count, BATCH), label="comparing", file=click.get_text_stream("stderr")) as starts:
+    batches = range(0, count, BATCH)
+    with click.progressbar(batches, label="comparing", file=sys.stderr) as starts:
         for start in starts:
             part = prompts[start : start + BATCH]
-            below += [shortfall(reference, *pair) for pair in zip(part, greedy(native, part, tokens), strict=True)]
+            texts = greedy(native, part, tokens)
+            below += [shortfall(reference, prompt, text) for prompt, text in zip(part, texts, strict=True)]
     below_NL = np.stack(below)
     other_N = (below_NL > 0).any(axis=1)
     report = {
