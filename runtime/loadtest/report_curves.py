@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.loadtest.report_chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Point, Series
-from runtime.loadtest.report_numbers import Result, figure, rate, setting, sides, sweep_points
+from runtime.loadtest.report_numbers import Result, exact, figure, rate, sides, sweep_points
 from runtime.loadtest.report_scale import LinearScale, LogScale, PercentileScale
 
 FLOOR_MS = 0.01
@@ -50,7 +50,7 @@ def _sweep_chart(result: Result, key: str) -> Chart | None:
         x=LinearScale.over([point.x for point in points], LEFT, RIGHT),
         y=LogScale.over(values, BOTTOM, TOP, floor=FLOOR_MS),
         series=series,
-        limits=[(slo, f"SLO {setting(slo)} ms")] if slo else [],
+        limits=[(slo, f"SLO {exact(slo)} ms")] if slo else [],
     )
 
 

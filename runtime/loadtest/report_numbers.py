@@ -59,7 +59,7 @@ METRICS = (
     Metric("median_e2el_ms", "Whole request (E2EL), median", "ms", more_is_better=False),
     Metric(
         "saturation_output_throughput",
-        "Output throughput at saturation",
+        "Throughput at saturation",
         "tokens/s",
         more_is_better=True,
         place=("saturation", "output_throughput"),
@@ -81,11 +81,11 @@ METRICS = (
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits and all digits before the point; whole numbers are written whole."""
+    """A measured number: so many significant digits, and all digits before the point."""
     if value is None or not math.isfinite(value):
         return NOT_MEASURED
-    if value == int(value):
-        return f"{int(value):,}"
+    if value == 0:
+        return "0"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
@@ -124,15 +124,15 @@ def reading(metric: Metric, ratio: Ratio) -> str:
     return f"{interval(ratio)}, {better} better"
 
 
-def setting(value: float) -> str:
-    """A number that was chosen, not measured: no digits that say nothing."""
-    return f"{value:,.10g}"
+def exact(value: float | None) -> str:
+    """A number that was counted or chosen: no digits that say nothing."""
+    return NOT_MEASURED if value is None else f"{value:,.10g}"
 
 
 def service_level(result: Result) -> str:
     """The SLO in words; empty where there is none."""
     slo: Mapping[str, Any] = result["workload"].get("slo") or {}
-    return ", ".join(f"{key.removesuffix('_ms').upper()} at most {setting(value)} ms" for key, value in slo.items())
+    return ", ".join(f"{key.removesuffix('_ms').upper()} at most {exact(value)} ms" for key, value in slo.items())
 
 
 def percent(share: float | None) -> str:

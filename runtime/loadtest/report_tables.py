@@ -12,13 +12,13 @@ from runtime.loadtest.report_numbers import (
     Metric,
     Ratio,
     Result,
+    exact,
     figure,
     percent,
     perplexity_figure,
     quality_reasons,
     rate,
     reading,
-    setting,
     side_names,
     sides,
     sweep_points,
@@ -28,6 +28,7 @@ from runtime.loadtest.report_numbers import (
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 STATISTICS = ("mean", "std", "median", "p90", "p95", "p99")
 
+REPEATED = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")
 
 Sides = Mapping[str, Mapping[str, Any]]
 
@@ -65,8 +66,11 @@ def headline(result: Result) -> Table:
     ratios: Mapping[str, Any] = result.get("ratio") or {}
     rows = [_metric_row(metric, measured, ratios.get(metric.key)) for metric in METRICS]
     rows.append(_perplexity_row(result["quality"], measured))
-    columns = ("", *_titles(measured), *(["A / B"] if "B" in measured else []))
-    return Table("Medians of the repeats; A / B with its 95 % interval", columns, tuple(rows), compares=True)
+    if "B" in measured:
+        caption, columns = "Medians of the repeats; A / B with its 95 % interval", ("", *_titles(measured), "A / B")
+    else:
+        caption, columns = "Medians of the repeats", ("", *_titles(measured))
+    return Table(caption, columns, tuple(rows), compares=True)
 
 
 def _metric_row(metric: Metric, measured: Sides, ratio: Ratio | None) -> tuple[Cell, ...]:
@@ -101,7 +105,7 @@ def sweep(result: Result) -> Table:
     rows = (
         _row(
             f"{letter}, {rate(point['request_rate'])}",
-            figure(point.get("completed")),
+            exact(point.get("completed")),
             figure(point.get("output_throughput")),
             figure(point.get("median_ttft_ms")),
             figure(point.get("p99_ttft_ms")),
@@ -149,8 +153,8 @@ def repeats(result: Result) -> Table:
     rows = (
         _row(
             f"{index + 1}, {letter}",
-            *(figure(side["repeats"][index].get(key)) for key in ("completed", "failed", "output_throughput")),
-            *(figure(side["repeats"][index].get(key)) for key in ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")),
+            *(exact(side["repeats"][index].get(key)) for key in ("completed", "failed")),
+            *(figure(side["repeats"][index].get(key)) for key in REPEATED),
         )
         for index in range(count)
         for letter, side in measured.items()
@@ -170,7 +174,7 @@ def quality(result: Result) -> Table:
         (Cell(f"Perplexity, {letter}"), _or_reason(perplexity_figure(perplexity.get(letter)), reason))
         for letter in sides(result)
     ]
-    rows.append((Cell("Tokens of the text"), _or_reason(figure(perplexity.get("tokens")), reason)))
+    rows.append((Cell("Tokens of the text"), _or_reason(exact(perplexity.get("tokens")), reason)))
     if "B" in sides(result):
         rows += [
             (Cell("Perplexity, A / B"), _or_reason(figure(perplexity.get("ratio"), 4), reason)),
@@ -179,7 +183,7 @@ def quality(result: Result) -> Table:
                 Cell("Share of tokens before the first difference"),
                 _or_reason(percent(agreement.get("matching_prefix_share")), reason),
             ),
-            (Cell("Tokens of these answers"), _or_reason(figure(agreement.get("tokens")), reason)),
+            (Cell("Tokens of these answers"), _or_reason(exact(agreement.get("tokens")), reason)),
         ]
     return Table("Perplexity on one text, answers to the same prompts", ("", "value"), tuple(rows))
 
@@ -187,7 +191,7 @@ def quality(result: Result) -> Table:
 def _equal_texts(agreement: Mapping[str, Any]) -> str:
     if agreement.get("equal_texts") is None:
         return NOT_MEASURED
-    return f"{figure(agreement['equal_texts'])} of {figure(agreement['prompts'])}"
+    return f"{exact(agreement['equal_texts'])} of {exact(agreement['prompts'])}"
 
 
 def _or_reason(text: str, reason: str) -> Cell:
@@ -250,7 +254,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return yes_no(value)
     if isinstance(value, float):
-        return setting(value)
+        return exact(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -11,7 +11,7 @@ from runtime.loadtest.report_numbers import (
     MEMORY,
     THROUGHPUT,
     Result,
-    figure,
+    exact,
     percent,
     perplexity_figure,
     quality_reasons,
@@ -61,9 +61,13 @@ def _compared(result: Result, names: Mapping[str, str]) -> Iterator[str]:
 
 
 def _alone(side: Mapping[str, Any], name: str, quality: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{name} gives {THROUGHPUT.write(side)} output tokens/s."
+    if THROUGHPUT.of(side) is None:
+        yield f"The output tokens/s of {name} were not measured."
+    else:
+        yield f"{name} gives {THROUGHPUT.write(side)} output tokens/s."
     for metric, words in OTHER_FIGURES.items():
-        yield f"Its {words} is {metric.write(side)} {metric.unit}."
+        if metric.of(side) is not None:
+            yield f"Its {words} is {metric.write(side)} {metric.unit}."
     value = (quality.get("perplexity") or {}).get("A")
     yield f"Its perplexity is {perplexity_figure(value)}." if value else _cost_unknown(quality, name)
 
@@ -91,4 +95,4 @@ def _failures(result: Result, names: Mapping[str, str]) -> Iterator[str]:
     for letter, side in sides(result).items():
         if side.get("failed"):
             total = side["failed"] + side.get("completed", 0)
-            yield f"{figure(side['failed'])} of {figure(total)} requests to {names[letter]} failed."
+            yield f"{exact(side['failed'])} of {exact(total)} requests to {names[letter]} failed."
