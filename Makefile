@@ -65,7 +65,7 @@ native: $(VENV)/.base ## Compile the native engine into runtime/native, what has
 $(VENV)/.native: $(VENV)/.base CMakeLists.txt runtime/native/CMakeLists.txt $(CPP)
 	@if $(MAKE) --no-print-directory native; then touch $@; else rm -f runtime/native/_osp*.so; \
 		echo "The native engine could not be compiled, see above; osp uses the next engine. It needs a C++20" \
-			"compiler (g++ 11 or newer) and Python's headers." >&2; fi
+			"compiler (g++ 12 or newer) and Python's headers." >&2; fi
 
 bench: $(VENV)/.native ## Measure the native engine: its kernels against the machine, then whole steps
 	$(BIN)/osp bench kernel

@@ -24,6 +24,6 @@ def load_library() -> Any:
         return importlib.import_module("runtime.native._osp")
     except ImportError as error:
         raise NativeLibraryError(
-            f"the native engine is not built on this machine ({error}); install a C++20 compiler (g++ 12 or clang 15) "
+            f"the native engine is not built on this machine ({error}); install a C++20 compiler (g++ 12 or newer) "
             "and install osp-runtime again, or choose another engine with --engine"
         ) from error
