@@ -37,13 +37,16 @@ export class Server {
       body: JSON.stringify(body),
       signal,
     });
+    let complete = false;
+    // To the end of the connection, and not to the last event: to leave before would be to hang up.
     for await (const data of eventData(response.body)) {
-      if (data === "[DONE]") return;
+      complete ||= data === "[DONE]";
+      if (complete) continue;
       const event = JSON.parse(data);
       if (event.error) throw new ServerError(event.error.message, response.status);
       yield event;
     }
-    throw new ServerError("the connection ended before the answer did", response.status);
+    if (!complete) throw new ServerError("the connection ended before the answer did", response.status);
   }
 
   async #fetch(path, options = {}) {
