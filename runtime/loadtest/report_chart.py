@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from xml.etree import ElementTree as ET
 
 from runtime.loadtest.report_scale import Scale
@@ -21,8 +22,11 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 418, 40, 252
 NEAR = 16
 """Labels closer than this, in both directions, would lie on each other: the second moves aside by as much."""
 
-LIMIT_TEXT = 90
+LIMIT_TEXT = 110
 """About as wide is what is written on a limit."""
+
+STEPS = 20
+"""How finely a place for it is searched."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Chart:
         for series in self.series:
             self._draw_series(root, series)
         for value, text in self.limits:
-            self._draw_limit_text(root, self.y(value) - 5, text)
+            y = self.y(value) - 5
+            _text(root, text, self._clearest(y - 4), y, "small middle")
         self._draw_labels(root)
         return ET.tostring(root, encoding="unicode")
 
@@ -99,17 +104,25 @@ class Chart:
             for point, place in zip(series.points, places, strict=True):
                 _mark(group, series.label, point, *place)
 
-    def _draw_limit_text(self, root: ET.Element, y: float, text: str) -> None:
-        """At the end of the line that is farther from any point."""
-        places = [(self.x(point.x), self.y(point.y)) for series in self.series for point in series.points]
+    def _clearest(self, y: float) -> float:
+        """Where along a horizontal line the middle of a limit's text is farthest from every curve."""
+        outline = [place for series in self.series for place in self._outline(series)]
 
         def clearance(x: float) -> float:
-            return min((math.dist((x, y), place) for place in places), default=0.0)
+            return min((math.hypot(max(abs(x - px) - LIMIT_TEXT / 2, 0), y - py) for px, py in outline), default=0)
 
-        if clearance(LEFT + LIMIT_TEXT / 2) > clearance(RIGHT - LIMIT_TEXT / 2):
-            _text(root, text, LEFT + 4, y, "small")
-        else:
-            _text(root, text, RIGHT, y, "small end")
+        first, last = LEFT + LIMIT_TEXT / 2, RIGHT - LIMIT_TEXT / 2
+        return max((last + (first - last) * i / STEPS for i in range(STEPS + 1)), key=clearance)
+
+    def _outline(self, series: Series) -> list[tuple[float, float]]:
+        """Pixels along a curve, close together, its label included."""
+        places = [(self.x(point.x), self.y(point.y)) for point in series.points]
+        between = [
+            (x0 + (x1 - x0) * i / STEPS, y0 + (y1 - y0) * i / STEPS)
+            for (x0, y0), (x1, y1) in pairwise(places)
+            for i in range(STEPS)
+        ]
+        return [*between, *places, *((x, y - NEAR) for x, y in places[-1:])]
 
     def _draw_labels(self, root: ET.Element) -> None:
         """Each series' label above its last point, or beside another label that is already there."""

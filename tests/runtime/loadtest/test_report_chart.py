@@ -90,7 +90,11 @@ def test_the_limit_is_drawn_where_the_slo_is(result: dict[str, Any]) -> None:
     svg = ET.fromstring(sweep_charts(result)[0].to_svg())
     (limit,) = (element for element in svg.iter("line") if element.get("class") == "limit")
     assert 10 ** read_off(svg, "y", float(limit.get("y1", "")), math.log10) == pytest.approx(2000, rel=2e-3)
-    assert "SLO 2,000 ms" in [text.text for text in svg.iter("text")]
+    (text,) = (text for text in svg.iter("text") if text.text == "SLO 2,000 ms")
+    left, right, y = float(text.get("x", "")) - 50, float(text.get("x", "")) + 50, float(text.get("y", "")) - 4
+    for letter in ("A", "B"):
+        across = [(x, at) for x, at, _ in marks(svg, letter) if left < x < right]
+        assert not [at for _, at in across if abs(at - y) < 12], "what is written on it covers a mark"
 
 
 @pytest.mark.parametrize(("index", "key"), [(0, "ttft_ms"), (1, "itl_ms")])
