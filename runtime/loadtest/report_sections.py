@@ -108,13 +108,16 @@ def _method(result: Result) -> list[str]:
         "A / B is the median of the repeats' ratios; its 95 % interval is that of their geometric mean (Student's t of "
         "the logarithms). Where it holds 1, no difference was shown. What was measured once a side has no interval."
     )
+    swept = (
+        "The sweep raises the rate until the server is saturated, then narrows down the highest rate within the SLO."
+    )
     return [
         closed_loop if workload.get("request_rate") is None else open_loop,
         *([f"{halves if workload.get('placement') == 'halves' else turns} {ratio}"] if "B" in sides(result) else []),
         "Figures have the names and definitions of vllm bench serve. TTFT: until the first token. TPOT: the rest of "
         "a request over its further tokens. ITL: each gap between two pieces of an answer. E2EL: the whole request. "
         "Goodput counts the requests that keep every limit of the SLO.",
-        "The sweep raises the rate until the server is saturated, then narrows down the highest rate within the SLO.",
+        *([swept] if sweep_charts(result) else []),
         "A run is not valid if the client may have been the bottleneck, if requests failed or were cut short, or if "
         "client and server count differently.",
     ]

@@ -19,7 +19,6 @@ from runtime.loadtest.report_numbers import (
     quality_reasons,
     rate,
     reading,
-    side_names,
     sides,
     sweep_points,
     yes_no,
@@ -130,12 +129,12 @@ def sweep(result: Result) -> Table:
 def limits(result: Result) -> Table:
     """What a side gives at most, and what it gives within the SLO."""
     rows = []
-    for letter, name in side_names(result).items():
-        saturation = result[letter].get("saturation") or {}
-        at_slo = result[letter].get("max_rate_at_slo") or {}
+    for letter, side in sides(result).items():
+        saturation = side.get("saturation") or {}
+        at_slo = side.get("max_rate_at_slo") or {}
         rows.append(
             _row(
-                f"{letter}: {name}",
+                f"{letter}: {side['name']}",
                 figure(saturation.get("output_throughput")),
                 rate(saturation["request_rate"]) if saturation else NOT_MEASURED,
                 rate(at_slo["request_rate"]) if at_slo else NOT_MEASURED,
@@ -217,13 +216,15 @@ def checks(result: Result) -> Table:
     for letter, side in sides(result).items():
         client: Mapping[str, Any] = side.get("client") or {}
         metrics: Mapping[str, Any] = side.get("server_metrics") or {}
-        differences = "; ".join(str(difference) for difference in metrics.get("differences") or ())
+        why = "; ".join(metrics.get("differences") or ())
+        if metrics.get("agrees") is None:
+            why = "the server has no metrics that can be compared"
         rows.append(
             (
                 Cell(f"{letter}: {side['name']}"),
                 Cell(percent(client.get("cpu_share"))),
                 Cell(figure(client.get("loop_lag_p99_ms"))),
-                Cell(yes_no(metrics.get("agrees")), differences),
+                Cell(yes_no(metrics.get("agrees")), why),
             )
         )
     columns = ("", "client's share of a core", "client's lag p99, ms", "server's metrics agree")
@@ -250,7 +251,7 @@ def described(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _plain(value: Any) -> str:
     if value is None:
-        return NOT_MEASURED
+        return "not known"
     if isinstance(value, bool):
         return yes_no(value)
     if isinstance(value, float):

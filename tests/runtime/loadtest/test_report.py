@@ -207,6 +207,18 @@ def test_a_part_of_quality_may_be_missing(result: dict[str, Any], read: Reader) 
     assert row(quality, "Perplexity, A") == ["31.40"]
 
 
+def test_servers_that_count_differently_or_not_at_all(result: dict[str, Any], read: Reader) -> None:
+    result["A"]["server_metrics"] = {"agrees": False, "differences": ["9 tokens | 8 tokens"], "checked": ["tokens"]}
+    result["B"]["server_metrics"] = {"agrees": None, "differences": [], "checked": []}
+    result["B"] |= {"kernel": None, "threads": None}  # a server that was there already
+    tables = read(result)
+    checks = tables["The client and the servers"]
+    assert row(checks, "A: w4a4")[2].startswith("no")
+    assert "9 tokens | 8 tokens" in row(checks, "A: w4a4")[2]
+    assert row(checks, "B: bfloat16")[2].startswith("not measured")
+    assert row(tables["What was served"], "Kernel") == ["avx512_vnni", "not known"]
+
+
 def test_a_run_that_was_cut_off(result: dict[str, Any], read: Reader) -> None:
     """Ctrl-C in the first repeat of B: it has no figures at all."""
     a_only = {key: value for key, value in result["B"].items() if not re.match(r"(mean|median|std|p\d+)_", key)}
