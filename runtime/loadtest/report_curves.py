@@ -11,8 +11,11 @@ from runtime.loadtest.report_chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Point
 from runtime.loadtest.report_numbers import Result, exact, figure, rate, sides, sweep_points
 from runtime.loadtest.report_scale import LinearScale, LogScale, PercentileScale
 
-FLOOR_MS = 0.01
-"""Shorter times are drawn at the edge: tokens that came in one piece of an answer have no time between them."""
+FLOOR_MS = 0.1
+"""Shorter times are drawn as this: there is next to none between pieces of an answer that come together."""
+
+HEADROOM = 1.3
+"""An axis goes on to so many times the SLO, so that there is room for its name."""
 
 POINTS = 120
 """Of a distribution's curve: with more, the page grows and the curve looks the same."""
@@ -39,7 +42,7 @@ def _sweep_chart(result: Result, key: str) -> Chart | None:
     if not points:
         return None
     slo = (result["workload"].get("slo") or {}).get(slo_key)
-    values = [point.y for point in points] + ([slo] if slo else [])
+    values = [point.y for point in points] + ([slo / HEADROOM, slo * HEADROOM] if slo else [])
     return Chart(
         key=f"sweep-{key.replace('_', '-')}",
         title=f"{name}, p99, over output throughput",

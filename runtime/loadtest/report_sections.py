@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from runtime.loadtest import report_tables as tables
 from runtime.loadtest.report_chart import Chart
-from runtime.loadtest.report_curves import distribution_charts, sweep_charts
+from runtime.loadtest.report_curves import FLOOR_MS, distribution_charts, sweep_charts
 from runtime.loadtest.report_numbers import NOT_MEASURED, Result, service_level, sides
 from runtime.loadtest.report_tables import Table
 
@@ -59,7 +59,7 @@ def _distributions(result: Result) -> Section:
     charts = distribution_charts(result)
     text = (
         "The share of samples that took no longer, all repeats together. The tail is stretched: 90 %, 99 % and 99.9 % "
-        "are equally far apart."
+        f"are equally far apart. Less than {FLOOR_MS} ms is drawn as {FLOOR_MS} ms."
         if charts
         else f"Distributions: {NOT_MEASURED}, the result holds no samples."
     )

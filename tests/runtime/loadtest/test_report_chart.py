@@ -121,6 +121,14 @@ def test_one_stall_in_a_hundred_is_seen() -> None:
     assert y == pytest.approx(TOP, abs=1)
 
 
+def test_pieces_that_come_together_do_not_stretch_the_axis() -> None:
+    side = {"repeats": [{"samples": {"ttft_ms": [], "itl_ms": [0.0, 0.001] * 20 + [20.0, 30.0] * 20}}]}
+    (chart,) = distribution_charts({"A": side, "B": None})
+    assert (chart.x.low, chart.x.high) == (0.1, 50.0)
+    svg = ET.fromstring(chart.to_svg())
+    assert line(svg, "A")[0][0] == LEFT
+
+
 def test_one_answer_of_one_token_can_be_drawn() -> None:
     side = {"repeats": [{"samples": {"ttft_ms": [12.5], "itl_ms": [0.0]}}]}
     for chart in distribution_charts({"A": side, "B": None}):
