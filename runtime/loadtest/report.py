@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -34,13 +35,7 @@ def write_report(result: Result, out: Path) -> None:
 
 def to_html(result: Result) -> str:
     """The page: styles and charts inside it, no script, nothing fetched from anywhere."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = _environment(autoescape=True)
     environment.filters["svg"] = _svg
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))  # ours, and without a "<"
     return environment.get_template("report.html.jinja").render(_content(result), style=style)
@@ -48,15 +43,19 @@ def to_html(result: Result) -> str:
 
 def to_markdown(result: Result) -> str:
     """The same tables and sentences, without charts."""
-    environment = Environment(
+    environment = _environment(finalize=_escape_markdown)
+    environment.filters["fenced"] = _fenced
+    return environment.get_template("report.md.jinja").render(_content(result))
+
+
+def _environment(**escaping: Any) -> Environment:
+    return Environment(
         loader=FileSystemLoader(TEMPLATES),
-        finalize=_escape_markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **escaping,
     )
-    environment.filters["fenced"] = _fenced
-    return environment.get_template("report.md.jinja").render(_content(result))
 
 
 def _content(result: Result) -> dict[str, object]:

@@ -79,6 +79,7 @@ def _repeats(result: Result) -> Section:
 def _machine(result: Result) -> Section:
     workload = {"request_rate": "none, a closed loop", "max_concurrency": "unlimited"}
     workload |= {key: value for key, value in result["workload"].items() if value is not None}
+    workload["slo"] = service_level(result) or "none"
     return Section(
         "machine",
         "Machine and workload",

@@ -143,7 +143,7 @@ def test_quality_checks_and_machine(result: dict[str, Any], read: Reader) -> Non
     assert row(machine, "flags") == ["avx2, avx512f, avx512_vnni"]
     workload = tables["The workload"]
     assert (row(workload, "seed"), row(workload, "burstiness")) == (["20261125"], ["1"])
-    assert row(workload, "slo") == ["ttft ms 2,000, tpot ms 150"]
+    assert row(workload, "slo") == ["TTFT at most 2,000 ms, TPOT at most 150 ms"]
 
 
 def test_commands_stand_there_as_they_were_given(result: dict[str, Any]) -> None:
