@@ -1,6 +1,7 @@
-"""Writes a 4-bit checkpoint of random weights in the shape of a preset: to load and to serve, not to read.
+"""Writes a checkpoint of random weights in the shape of a preset: to load and to serve, not to read.
 
 python -m benchmarks.random_checkpoint build/random-1.4b --shape 1.4b
+python -m benchmarks.random_checkpoint build/random-1.4b-bf16 --shape 1.4b --precision bf16
 """
 
 from __future__ import annotations
@@ -9,25 +10,50 @@ from pathlib import Path
 from typing import Any
 
 import click
+import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from quant.format import EMBEDDING, sha256, stored_tensors, write_quantized
+from quant.format import EMBEDDING, sha256, stored_tensors, write_json, write_quantized
 from quant.llama import LlamaConfig
 from quant.scheme import LinearScheme, Scheme
 from quant.weights import QuantizedLinear, QuantizedWeight
 from runtime.bench.precision import DEFAULT_PRECISION, scheme_of
-from runtime.bench.random_model import INPUT_SCALE
+from runtime.bench.random_model import INPUT_SCALE, random_scales
 from runtime.bench.shapes import SHAPES
 
 
-def write_random_checkpoint(root: Path, config: LlamaConfig, scheme: Scheme) -> None:
+def write_random_checkpoint(root: Path, config: LlamaConfig, scheme: Scheme | None) -> None:
     """Writes it into `root`, which must not exist; every byte of a text is a token.
+
+    Args:
+        scheme: None for bfloat16.
 
     Raises:
         FileExistsError: it exists.
     """
     root.mkdir(parents=True)
+    _byte_tokenizer(config.vocab_size).save(str(root / "tokenizer.json"))
+    if scheme is None:
+        _write_bfloat16(root, config)
+    else:
+        _write_quantized(root, config, scheme)
+
+
+def _write_bfloat16(root: Path, config: LlamaConfig) -> None:
+    rng = np.random.default_rng(0)
+    shapes = config.linear_shapes() | config.table_shapes()
+    tensors = {
+        name + ".weight": _weight(rng, *shape, 16, per_row=False).astype(ml_dtypes.bfloat16)
+        for name, shape in shapes.items()
+    }
+    tensors |= {name: np.ones(config.hidden_size, ml_dtypes.bfloat16) for name in config.norm_names()}
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    write_json(root / "config.json", {**_config_json(config), "dtype": "bfloat16"})
+
+
+def _write_quantized(root: Path, config: LlamaConfig, scheme: Scheme) -> None:
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
     for name, (rows, columns) in (config.linear_shapes() | config.table_shapes()).items():
@@ -37,7 +63,6 @@ def write_random_checkpoint(root: Path, config: LlamaConfig, scheme: Scheme) -> 
             tensors |= stored_tensors(name, _linear(rng, rows, columns, scheme.linear(name), name))
     for name in config.norm_names():
         tensors |= stored_tensors(name.removesuffix(".weight"), np.ones(config.hidden_size, np.float32))
-    _byte_tokenizer(config.vocab_size).save(str(root / "tokenizer.json"))
     write_quantized(root, _config_json(config), scheme, tensors, {"tokenizer_sha256": sha256(root / "tokenizer.json")})
 
 
@@ -81,8 +106,7 @@ def _linear(rng: np.random.Generator, rows: int, columns: int, linear: LinearSch
 def _weight(rng: np.random.Generator, rows: int, columns: int, bits: int, *, per_row: bool) -> Any:
     if bits == 16:
         return (rng.standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)).astype(np.float32)
-    # A power of two near what keeps outputs as large as inputs, and a bfloat16 number.
-    scale = np.full(rows if per_row else 1, 2.0 ** round(np.log2(12**0.5 / 2**bits / columns**0.5)), np.float32)
+    scale = random_scales(bits, rows if per_row else 1, columns)
     stored = rng.integers(0, 256, (rows, columns * bits // 8), np.uint8)
     return QuantizedWeight(stored if bits == 4 else stored.view(np.int8), columns, bits, scale)
 
@@ -93,11 +117,8 @@ def _weight(rng: np.random.Generator, rows: int, columns: int, bits: int, *, per
 @click.option("--precision", default=DEFAULT_PRECISION, show_default=True)
 def main(out: Path, shape: str, precision: str) -> None:
     """Write a checkpoint of random weights to OUT."""
-    scheme = scheme_of(precision)
-    if scheme is None:
-        raise click.UsageError("a quantized precision is wanted")
     try:
-        write_random_checkpoint(out, SHAPES[shape], scheme)
+        write_random_checkpoint(out, SHAPES[shape], scheme_of(precision))
     except FileExistsError:
         raise click.ClickException(f"{out} exists already") from None
 

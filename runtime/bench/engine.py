@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from runtime.bench.limits import Limits
 from runtime.bench.precision import DEFAULT_PRECISION, scheme_of
 from runtime.bench.random_model import random_model
 from runtime.bench.shapes import SHAPES
+from runtime.engine.base import SequenceSlice
+from runtime.engine.native import run_step
 
 BLOCK = 16
 PREFILL_TOKENS = 512
@@ -93,7 +95,8 @@ class EngineBench:
         ids = self._random.integers(0, self.config.vocab_size, batch).astype(np.int32)
         start = time.perf_counter()
         for position in range(context, context + tokens):
-            self._step(ids, [position] * batch, [1] * batch, tables)
+            slices = [SequenceSlice(ids[i : i + 1], position, table) for i, table in enumerate(tables)]
+            run_step(self._model, slices, BLOCK)
             ids = np.array(self._model.argmax(), np.int32)
         return batch * tokens / (time.perf_counter() - start)
 
@@ -133,22 +136,7 @@ class EngineBench:
         for start in range(0, tokens, PREFILL_TOKENS):
             length = min(PREFILL_TOKENS, tokens - start)
             ids = self._random.integers(0, self.config.vocab_size, length).astype(np.int32)
-            self._step(ids, [start], [length], [table])
-
-    def _step(
-        self, ids: NDArray[np.int32], starts: list[int], lengths: list[int], tables: Sequence[NDArray[np.int32]]
-    ) -> None:
-        cut = [
-            table[: -(-(start + length) // BLOCK)] for table, start, length in zip(tables, starts, lengths, strict=True)
-        ]
-        self._model.step(
-            ids,
-            np.array(starts, np.int32),
-            np.array(lengths, np.int32),
-            np.ones(len(starts), np.int32),
-            np.concatenate(cut),
-            np.array([len(table) for table in cut], np.int32),
-        )
+            run_step(self._model, [SequenceSlice(ids, start, table)], BLOCK)
 
 
 def measure_engine(bench: EngineBench, limits: Limits, rounds: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quant.llama import LlamaConfig
 from quant.scheme import LINEAR_SITES, Scheme
@@ -81,6 +82,12 @@ def _set_linear(model: Any, layer: int, site: str, rows: int, columns: int, sche
 def _weights(bits: int, rows: int, columns: int, *, per_row: bool) -> dict[str, Any]:
     if bits == 16:
         return {"format": "bfloat16"}
-    # So that outputs are about as large as inputs: random codes have a standard deviation of 2^bits / sqrt(12).
-    scale = np.float32(12**0.5 / 2**bits / columns**0.5)
-    return {"format": f"int{bits}", "scales": np.full(rows if per_row else 1, scale, np.float32)}
+    return {"format": f"int{bits}", "scales": random_scales(bits, rows if per_row else 1, columns)}
+
+
+def random_scales(bits: int, count: int, columns: int) -> NDArray[np.float32]:
+    """Scales, float32 [count], with which a matrix of random codes gives outputs about as large as its inputs.
+
+    Random codes have a standard deviation of 2^bits / sqrt(12). The nearest power of two is a bfloat16 number.
+    """
+    return np.full(count, 2.0 ** round(np.log2(12**0.5 / 2**bits / columns**0.5)), np.float32)

@@ -112,11 +112,11 @@ class NativeRunner:
     def step(self, batch: Sequence[SequenceSlice]) -> StepLogits:
         """See `ModelRunner.step`."""
         if sum(len(slice_.token_ids) for slice_ in batch) <= self._model.max_rows:
-            self._run(batch)
+            run_step(self._model, batch, self._block_size)
             return NativeLogits(self._model)
         parts = []
         for part in _parts(batch, self._model.max_rows):
-            self._run(part)
+            run_step(self._model, part, self._block_size)
             parts.append(self._model.logits().copy())
         return ArrayLogits(np.concatenate(parts))
 
@@ -124,21 +124,6 @@ class NativeRunner:
         """See `ModelRunner.copy_blocks`."""
         for source, target in zip(sources, targets, strict=True):
             self._model.copy_block(source, target)
-
-    def _run(self, batch: Sequence[SequenceSlice]) -> None:
-        lengths = [len(slice_.token_ids) for slice_ in batch]
-        tables = [
-            slice_.block_table[: -(-(slice_.start + length) // self._block_size)]
-            for slice_, length in zip(batch, lengths, strict=True)
-        ]
-        self._model.step(
-            _joined([slice_.token_ids for slice_ in batch]),
-            np.array([slice_.start for slice_ in batch], np.int32),
-            np.array(lengths, np.int32),
-            np.array([slice_.num_logits for slice_ in batch], np.int32),
-            _joined(tables),
-            np.array([len(table) for table in tables], np.int32),
-        )
 
 
 class NativeLogits:
@@ -158,6 +143,23 @@ class NativeLogits:
         """See `StepLogits.rows`; a view, read-only."""
         view: NDArray[np.float32] = self._model.logits()
         return view
+
+
+def run_step(model: Any, batch: Sequence[SequenceSlice], block_size: int) -> None:
+    """Has a `runtime.native._osp.Model` compute a batch of at most `max_rows` tokens."""
+    lengths = [len(slice_.token_ids) for slice_ in batch]
+    tables = [
+        slice_.block_table[: -(-(slice_.start + length) // block_size)]
+        for slice_, length in zip(batch, lengths, strict=True)
+    ]
+    model.step(
+        _joined([slice_.token_ids for slice_ in batch]),
+        np.array([slice_.start for slice_ in batch], np.int32),
+        np.array(lengths, np.int32),
+        np.array([slice_.num_logits for slice_ in batch], np.int32),
+        _joined(tables),
+        np.array([len(table) for table in tables], np.int32),
+    )
 
 
 def model_shape(config: LlamaConfig) -> dict[str, Any]:
