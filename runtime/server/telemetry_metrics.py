@@ -42,7 +42,9 @@ class Metrics:
             return Counter(name, help, labels, registry=self.registry)
 
         self.time_to_first_token = histogram("osp_time_to_first_token_seconds", "From arrival to the first token.")
-        self.inter_token_latency = histogram("osp_inter_token_latency_seconds", "Between deliveries of tokens of a sequence.")
+        self.inter_token_latency = histogram(
+            "osp_inter_token_latency_seconds", "Between deliveries of tokens of a sequence."
+        )
         self.time_per_output_token = histogram(
             "osp_request_time_per_output_token_seconds", "Mean of a sequence's times between tokens."
         )
