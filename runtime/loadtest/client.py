@@ -46,7 +46,7 @@ async def stream_completion(
         record.error = f"the connection failed: {error}" + _so_far(record)
     except aiohttp.ClientPayloadError:
         record.error = "the server closed the connection in the middle of its answer" + _so_far(record)
-    except (StreamError, aiohttp.ClientError, ValueError) as error:
+    except (StreamError, aiohttp.ClientError) as error:
         record.error = str(error)
 
 
@@ -82,12 +82,15 @@ async def _read(stream: aiohttp.StreamReader, record: RequestRecord) -> None:
     async for now_s, event in _events(stream):
         if "error" in event:
             raise StreamError(f"the server ended the stream with an error: {_message(event)}" + _so_far(record))
-        if usage := event.get("usage"):
-            record.prompt_tokens, record.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        if choices := event.get("choices"):
-            record.piece(now_s)
-            texts.append(choices[0].get("text") or "")
-            record.token_ids += choices[0].get("token_ids") or ()
+        try:
+            if usage := event.get("usage"):
+                record.prompt_tokens, record.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            if choices := event.get("choices"):
+                record.piece(now_s)
+                texts.append(choices[0].get("text") or "")
+                record.token_ids += choices[0].get("token_ids") or ()
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise StreamError(f"an event that is none of a completion: {str(event)[:100]}") from error
     record.text = "".join(texts)
     if record.first_s is None:
         raise StreamError("the answer is a stream without a single piece of text")

@@ -13,7 +13,7 @@ OSP, VLLM, LLAMA_CPP = "osp-runtime", "vllm", "llamacpp"
 """What these servers call themselves in `owned_by` of `/v1/models`."""
 
 
-class EndpointError(ValueError):
+class EndpointError(Exception):
     """A server that cannot be tested; the message says which, why, and what to do."""
 
 
