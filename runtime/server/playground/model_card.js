@@ -1,6 +1,7 @@
 // What a model's card from /v1/models says, in words.
 
 const GRANULARITY = { tensor: "a tensor", channel: "a channel", token: "a token" };
+const HADAMARD = { ffn: "FFN Hadamard", full: "full Hadamard" };
 
 /** The facts that fit into one line. */
 export function facts(card) {
@@ -8,7 +9,7 @@ export function facts(card) {
   if (card.scheme) {
     const granularities = new Set(sites(card.scheme).filter(([name]) => name !== "head").map(([, site]) => site.weight_granularity));
     parts.push(granularities.size > 1 ? "mixed scales" : `one scale ${GRANULARITY[[...granularities][0]]}`);
-    if (card.scheme.hadamard !== "none") parts.push(`${card.scheme.hadamard} Hadamard`);
+    if (card.scheme.hadamard !== "none") parts.push(HADAMARD[card.scheme.hadamard] ?? card.scheme.hadamard);
   }
   return [...parts, `${card.engine} engine`, `context ${count(card.max_model_len)}`];
 }

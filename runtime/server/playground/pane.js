@@ -16,7 +16,10 @@ export class Pane {
 
   #cards = [];
   #timing = null;
+  #usage = undefined;
   #answer = new Text();
+  #undrawn = "";
+  #frame = 0;
   #messages = [];
 
   constructor() {
@@ -58,6 +61,7 @@ export class Pane {
     this.#messages = [];
     this.#answer = new Text();
     this.#timing = null;
+    this.#usage = undefined;
     this.#part(".output").replaceChildren();
     this.#say("");
     this.#showFigures();
@@ -117,10 +121,9 @@ export class Pane {
     try {
       let reason = null;
       const request = { ...body, model: this.card.id, stream: true, stream_options: USAGE };
-      for await (const event of server.events(path, request, signal)) {
-        const [choice] = event.choices;
+      for await (const { choices: [choice], usage } of server.events(path, request, signal)) {
         reason = choice?.finish_reason ?? reason;
-        this.#take(choice ? (textOf(choice) ?? "") : "", event.usage);
+        this.#take(choice ? (textOf(choice) ?? "") : "", usage);
       }
       this.#say(ENDS[reason] ?? "finished");
       return true;
@@ -130,19 +133,30 @@ export class Pane {
       else throw error;
       return false;
     } finally {
+      this.#draw();
       this.#busy(false);
     }
   }
 
+  /** Notes a piece, and draws it with the next frame: drawing each one would keep the clock from seeing the next. */
   #take(text, usage) {
-    const output = this.#part(".output");
-    const atEnd = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
-    this.#answer.appendData(text);
-    // Whoever has scrolled back to read stays there.
-    if (atEnd) output.scrollTop = output.scrollHeight;
     if (this.#timing.tokens === 0 && usage.completion_tokens > 0) this.#say("answering…");
     this.#timing.arrived(usage.completion_tokens);
-    this.#showFigures(usage);
+    this.#usage = usage;
+    this.#undrawn += text;
+    this.#frame ||= requestAnimationFrame(() => this.#draw());
+  }
+
+  #draw() {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = 0;
+    const output = this.#part(".output");
+    const atEnd = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
+    this.#answer.appendData(this.#undrawn);
+    this.#undrawn = "";
+    // Whoever has scrolled back to read stays there.
+    if (atEnd) output.scrollTop = output.scrollHeight;
+    this.#showFigures();
     this.onprogress();
   }
 
@@ -159,7 +173,8 @@ export class Pane {
     this.#part("tbody").replaceChildren(...rows.map(tableRow));
   }
 
-  #showFigures(usage) {
+  #showFigures() {
+    const usage = this.#usage;
     const { ttft = null, rate = null, tokens = 0 } = this.#timing ?? {};
     const cached = usage?.prompt_tokens_details?.cached_tokens;
     this.#show("[data-figure=ttft]", ttft === null ? undefined : `${ttft.toFixed(ttft < 10 ? 1 : 0)} ms`);
