@@ -89,7 +89,8 @@ def test_without_a_compiler_the_rest_is_installed(source: Path, tmp_path: Path) 
     assert wheel.name.endswith("-py3-none-any.whl")
     assert "The native engine could not be compiled" in said
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"runtime/native/__init__.py", "runtime/models/demo/osp.safetensors", "quant/calibration.txt"} <= set(names)
+    data = {"runtime/models/demo/osp.safetensors", "quant/calibration.txt", "runtime/server/playground/index.html"}
+    assert {"runtime/native/__init__.py", *data} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp", ".hpp"))]
 
 
