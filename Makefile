@@ -12,7 +12,7 @@ CMAKE := $(BIN)/cmake
 CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-lowest lint format setup native bench corpus demo-model demo-twin materials \
+.PHONY: help serve test test-fuzz test-lowest lint format setup native bench corpus demo-model demo-twin materials \
 	quantization-table clean
 
 help: ## This list
@@ -23,6 +23,10 @@ serve: $(VENV)/.native ## Install what serving needs (no torch) and serve the bu
 
 test: $(VENV)/.dev $(VENV)/.native ## Install everything and run the tests
 	$(BIN)/python -m pytest
+
+test-fuzz: $(VENV)/.dev $(VENV)/.native ## Send the server thousands of generated requests
+	$(BIN)/python -m pytest tests/runtime/server/test_generated_requests.py --hypothesis-profile=fuzz --capture=no \
+		--timeout=3600
 
 test-lowest: ## The tests again, on the lowest versions that pyproject.toml allows
 	mkdir -p $(BUILD)

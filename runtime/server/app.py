@@ -21,6 +21,7 @@ from runtime.server.errors import install_error_handlers
 from runtime.server.headers import SecurityHeaders, cors_options
 from runtime.server.limits import RateLimits
 from runtime.server.middleware import RecordSink, RequestScope, SizeLimits
+from runtime.server.openapi import install_openapi
 from runtime.server.routes import chat, completions, docs, health, metrics, models, playground, tokenize, version
 from runtime.server.settings import ServerSettings
 from runtime.server.telemetry import Telemetry
@@ -56,6 +57,7 @@ def create_app(
         # By now the web server has let the live requests finish, or has given up on them.
         await catalog.shutdown(drain_s=0)
 
+    keys = ApiKeys() if keys is None else keys
     app = FastAPI(
         title="osp-runtime",
         version=importlib.metadata.version("osp-runtime"),
@@ -63,7 +65,7 @@ def create_app(
         # Theirs load scripts from elsewhere; ours is a route.
         docs_url=None,
         redoc_url=None,
-        middleware=_layers(settings, telemetry, ApiKeys() if keys is None else keys, sinks),
+        middleware=_layers(settings, telemetry, keys, sinks),
     )
     Context(settings, catalog, telemetry).attach(app)
     install_error_handlers(app)
@@ -71,6 +73,7 @@ def create_app(
         app.include_router(resource.router)
     if settings.playground != "off":
         app.include_router(playground.router)
+    install_openapi(app, keyed=bool(keys))
     return app
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from runtime.server.context import RouteContext
@@ -11,7 +11,7 @@ from runtime.server.context import RouteContext
 router = APIRouter(tags=["operation"])
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(context: RouteContext) -> Response:
     """All metrics in Prometheus's text format."""
     return Response(context.telemetry.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -9,8 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, LiteralString
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
 
 class RequestModel(BaseModel):
@@ -26,18 +37,47 @@ class RequestModel(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         return {name: value for name, value in data.items() if value is not None or name not in known}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """As pydantic writes it, with null wherever a field may be left out."""
+        reference = handler(schema)
+        written = handler.resolve_ref_schema(reference)
+        optional = written.get("properties", {}).keys() - set(written.get("required", ()))
+        for name in optional:
+            written["properties"][name] = _or_null(written["properties"][name])
+        return reference
 
-def unsupported_unless(*neutral: object) -> AfterValidator:
+
+def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
+    null = {"type": "null"}
+    if "anyOf" in schema:
+        return schema if null in schema["anyOf"] else {**schema, "anyOf": [*schema["anyOf"], null]}
+    if None in schema.get("enum", ()):
+        return schema
+    about = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+    return {**about, "anyOf": [{key: value for key, value in schema.items() if key not in about}, null]}
+
+
+class unsupported_unless:  # noqa: N801 - an annotation, written as a call
     """Accepts only values that ask for nothing; for fields that this server does not implement."""
-    hint = f"leave it out or send {' or '.join(map(str, neutral))}" if neutral else "leave it out"
 
-    def check(value: object) -> object:
+    def __init__(self, *neutral: object) -> None:
+        self._neutral = neutral
+        self._hint = f"leave it out or send {' or '.join(map(str, neutral))}" if neutral else "leave it out"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Checks after whatever else checks."""
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Exactly the values that are accepted."""
+        return {"enum": [*self._neutral, None]}
+
+    def _check(self, value: object) -> object:
         # True == 1 in Python, but not to a client.
-        if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral):
-            raise PydanticCustomError("unsupported", "is not supported by this server; {hint}", {"hint": hint})
+        if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in self._neutral):
+            raise PydanticCustomError("unsupported", "is not supported by this server; {hint}", {"hint": self._hint})
         return value
-
-    return AfterValidator(check)
 
 
 def described_as(message: LiteralString) -> WrapValidator:

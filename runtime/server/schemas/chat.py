@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 from runtime.server.schemas.base import NoEffect, NonEmpty, RequestModel, unsupported_unless
@@ -49,7 +49,9 @@ class ChatRequest(GenerationBody, ConversationOptions):
     max_completion_tokens: MaxTokens | None = Field(None, description="By default, the rest of the context.")
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
-    tool_choice: Any = Field(None, description="none or auto; none keeps the tools from the template.")
+    tool_choice: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = Field(
+        None, description="none or auto; none keeps the tools from the template."
+    )
     reasoning_effort: str | None = Field(None, description="A variable for the template.")
 
     # OpenAI's fields that do nothing here, and lose nothing by it.

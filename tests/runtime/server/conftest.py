@@ -9,9 +9,12 @@ import openai
 import pytest
 from chat_checkpoint import write_chat
 from checkpoints import write_served
+from hypothesis import settings
 from server_process import EVENT_A_TOKEN, ServerProcess, running_server
 
 from runtime.text.tokenizer import Tokenizer
+
+settings.register_profile("fuzz", max_examples=2000, deadline=None)  # make test-fuzz
 
 
 @pytest.fixture(scope="session")
