@@ -1,0 +1,190 @@
+"""Linear layers as ONNX nodes: the integer products of `quant.arithmetic`, exactly, with ONNX Runtime's operators.
+
+ONNX Runtime has no product of 4-bit weights with given integers. Its `MatMulNBits` at accuracy level 4 finds a scale of
+its own for each block of inputs, absmax / 127, and rounds them to int8: codes of 4 bits would be rounded again. So each
+block has one input more, always 127, whose weight is zero: its absmax is 127, its scale is 1, and every code stays what
+it is. The sums are then integers that float32 holds, exact in any order.
+
+    codes of inputs  weights      operator                                     weights in memory
+    4 bits           4 bits       MatMulNBits, level 4, padded as above        4 bits, and what pads them
+    4 or 8 bits      4 or 8 bits  MatMulInteger of uint8: sums in int32        8 bits
+    not quantized    4 or 8 bits  MatMulNBits, level 1: products of floats     4 or 8 bits
+    not quantized    16 or 32     MatMul of floats                             32 bits
+
+uint8 on both sides, because the kernels of int8 weights without VNNI saturate sums of two products in 16 bits.
+
+Shapes: a layer's input is [B, L, K], its output [B, L, M].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant import arithmetic
+from quant.hadamard import Hadamard, base_matrix, sylvester
+from quant.onnx_graph import CONTRIB, GraphBuilder, np_kind
+from quant.tensors import Tensor
+from quant.weights import QuantizedLinear, QuantizedWeight
+
+Linear = Tensor | QuantizedLinear
+
+BLOCK_SIZES = (256, 128, 64, 32)
+"""Those of `MatMulNBits` that are tried."""
+
+INTEGERS, FLOATS = 4, 1
+"""Accuracy levels of `MatMulNBits`: inputs rounded to int8; inputs in float32."""
+
+FULL_BLOCK = 127
+"""The input that gives a block the scale 1."""
+
+
+def add_linears(graph: GraphBuilder, x: str, layers: dict[str, Linear]) -> list[str]:
+    """Layers that read one tensor `x`, by their names; gives the names of what each computes, [B, L, M].
+
+    They become one matrix where their codes and inputs have the same bits: one pass over the inputs, one product.
+    """
+    joined = _joined(list(layers.values()))
+    if joined is None:
+        return [add_linear(graph, x, name, layer) for name, layer in layers.items()]
+    name = "+".join(layers)
+    product = add_linear(graph, x, name, joined)
+    if len(layers) == 1:
+        return [product]
+    sizes = graph.shape(*(_rows(layer) for layer in layers.values()))
+    return graph.nodes("Split", [product, sizes], len(layers), axis=-1)
+
+
+def add_linear(graph: GraphBuilder, x: str, name: str, layer: Linear) -> str:
+    """One layer; gives the name of what it computes."""
+    if not isinstance(layer, QuantizedLinear):
+        return graph.node("MatMul", x, graph.weight(name, np.asarray(layer, np.float32).T))
+    if layer.rotated:
+        x = add_hadamard(graph, x, layer.weight.columns)
+    if layer.input_bits == 16:
+        sums = _float_product(graph, x, name, layer.weight)
+        return graph.node("Mul", sums, graph.weight(f"{name}.scale", layer.weight.scale))
+    scale = _token_scale(graph, x, layer.input_bits) if layer.input_scale is None else graph.constant(layer.input_scale)
+    codes = add_quantize(graph, x, scale, layer.input_bits)
+    if (layer.input_bits, layer.weight.bits) == (4, 4):
+        sums = _narrow_product(graph, codes, name, layer.weight)
+    else:
+        sums = _integer_product(graph, codes, name, layer.weight)
+    if layer.input_scale is not None:
+        return graph.node("Mul", sums, graph.weight(f"{name}.scale", layer.weight.scale * layer.input_scale))
+    both = graph.node("Mul", scale, graph.weight(f"{name}.scale", layer.weight.scale))
+    return graph.node("Mul", sums, both)
+
+
+def add_quantize(graph: GraphBuilder, x: str, scale: str, bits: int) -> str:
+    """`arithmetic.quantize`: codes, in float32."""
+    rounded = graph.node("Round", graph.node("Div", x, scale))
+    lowest, highest = (graph.constant(bound) for bound in arithmetic.code_range(bits))
+    return graph.node("Clip", rounded, lowest, highest)
+
+
+def add_hadamard(graph: GraphBuilder, x: str, width: int) -> str:
+    """`Hadamard.of_width(width)` of each `width` channels of [B, L, a multiple of width].
+
+    Two products with matrices of +1 and -1, whose sums have another order than those of `Hadamard.apply`.
+    """
+    transform = Hadamard.of_width(width)
+    y = graph.node("Reshape", x, graph.shape(0, 0, -1, transform.base, transform.power))
+    if transform.power > 1:
+        y = graph.node("MatMul", y, _signs(graph, f"sylvester.{transform.power}", sylvester(transform.power)))
+    if transform.base > 1:
+        y = graph.node("MatMul", _signs(graph, f"hadamard.{transform.base}", base_matrix(transform.base)), y)
+    y = graph.node("Mul", y, graph.constant(1 / np.sqrt(transform.base * transform.power)))
+    return graph.node("Reshape", y, graph.node("Shape", x))
+
+
+def block_size(columns: int) -> int:
+    """The block size whose codes and scales take the fewest bytes, when one code of each block is given away."""
+    return min(BLOCK_SIZES, key=lambda size: -(-columns // (size - 1)) * (size // 2 + 4))
+
+
+def pack_blocks(codes_MK: NDArray[np.int8], size: int, bits: int = 4) -> NDArray[np.uint8]:
+    """Codes as `MatMulNBits` holds them, uint8 [M, blocks, size * bits / 8]: plus half their range, low nibble first."""
+    rows, columns = codes_MK.shape
+    offset = 1 << (bits - 1)
+    stored = np.full((rows, -(-columns // size) * size), offset, np.uint8)
+    stored[:, :columns] = (codes_MK.astype(np.int16) + offset).astype(np.uint8)
+    if bits == 4:
+        stored = stored[:, 0::2] | (stored[:, 1::2] << np.uint8(4))
+    return stored.reshape(rows, -1, size * bits // 8)
+
+
+def _narrow_product(graph: GraphBuilder, codes: str, name: str, weight: QuantizedWeight) -> str:
+    """Exact sums of products of 4-bit codes."""
+    rows, columns = weight.shape
+    size = block_size(columns)
+    blocks = -(-columns // (size - 1))
+    missing = blocks * (size - 1) - columns
+    if missing:
+        codes = graph.node("Pad", codes, graph.shape(0, 0, 0, 0, 0, missing))
+    codes = graph.node("Reshape", codes, graph.shape(0, 0, blocks, size - 1))
+    codes = graph.node("Pad", codes, graph.shape(0, 0, 0, 0, 0, 0, 0, 1), graph.constant(FULL_BLOCK))
+    codes = graph.node("Reshape", codes, graph.shape(0, 0, blocks * size))
+    padded_MBC = np.pad(weight.codes, ((0, 0), (0, missing))).reshape(rows, blocks, size - 1)
+    padded_MK = np.pad(padded_MBC, ((0, 0), (0, 0), (0, 1))).reshape(rows, blocks * size)
+    return _blocked_product(graph, codes, name, padded_MK, 4, size, INTEGERS)
+
+
+def _float_product(graph: GraphBuilder, x: str, name: str, weight: QuantizedWeight) -> str:
+    """Sums of products of floats with codes."""
+    return _blocked_product(graph, x, name, weight.codes, weight.bits, BLOCK_SIZES[0], FLOATS)
+
+
+def _blocked_product(
+    graph: GraphBuilder, x: str, name: str, codes_MK: NDArray[np.int8], bits: int, size: int, accuracy: int
+) -> str:
+    rows, columns = codes_MK.shape
+    packed = graph.weight(name, pack_blocks(codes_MK, size, bits))
+    scales = np.ones((rows, -(-columns // size)), np.float32)
+    inputs = x, packed, graph.weight(f"{name}.block_scales", scales)
+    settings = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": accuracy}
+    return graph.node("MatMulNBits", *inputs, domain=CONTRIB, **settings)
+
+
+def _integer_product(graph: GraphBuilder, codes: str, name: str, weight: QuantizedWeight) -> str:
+    """Exact sums of products of codes of up to 8 bits."""
+    moved = graph.node("Cast", graph.node("Add", codes, graph.constant(128)), to=np_kind(np.uint8))
+    stored_KM = (weight.codes.T.astype(np.int16) + 128).astype(np.uint8)
+    zero = graph.constant(128, np.uint8)
+    sums = graph.node("MatMulInteger", moved, graph.weight(name, stored_KM), zero, zero)
+    return graph.node("Cast", sums, to=np_kind(np.float32))
+
+
+def _token_scale(graph: GraphBuilder, x: str, bits: int) -> str:
+    """`arithmetic.token_scales`, [B, L, 1]."""
+    absmax = graph.node("ReduceMax", graph.node("Abs", x), graph.shape(-1))
+    scale = graph.node("Div", absmax, graph.constant(arithmetic.code_range(bits)[1]))
+    scale = graph.node("Max", scale, graph.constant(arithmetic.BFLOAT16_TINY))
+    return graph.node("Where", graph.node("Equal", absmax, graph.constant(0)), graph.constant(1), scale)
+
+
+def _joined(layers: Sequence[Linear]) -> Linear | None:
+    """The layers as one matrix, one below the other; None: they differ in what must be the same."""
+    if len(layers) == 1:
+        return layers[0]
+    quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    if not quantized:
+        return np.concatenate([np.asarray(layer, np.float32) for layer in layers])
+    kinds = {(layer.weight.bits, layer.input_bits, layer.input_scale, layer.rotated) for layer in quantized}
+    if len(quantized) < len(layers) or len(kinds) > 1:
+        return None
+    weights = [layer.weight for layer in quantized]
+    scale = np.concatenate([np.broadcast_to(weight.scale, weight.shape[:1]) for weight in weights])
+    stored = np.concatenate([weight.stored for weight in weights])
+    return replace(quantized[0], weight=replace(weights[0], stored=stored, scale=scale))
+
+
+def _rows(layer: Linear) -> int:
+    return layer.weight.shape[0] if isinstance(layer, QuantizedLinear) else layer.shape[0]
+
+
+def _signs(graph: GraphBuilder, name: str, matrix: NDArray[np.int8]) -> str:
+    return graph.shared_weight(name, lambda: matrix.astype(np.float32))
