@@ -8,48 +8,67 @@ from typing import Any
 
 import click
 
-from quant.export import ACTIVATIONS, FORMATS, export_checkpoint
+from quant.export import ACTIVATIONS, export_checkpoint
+from quant.export import FORMATS as STOCK_FORMATS
 from quant.llama import CheckpointError
+from quant.onnx_directory import FORMAT as ONNX
+
+FORMATS = (*STOCK_FORMATS, ONNX)
 
 
-def _check_format(_ctx: click.Context, _param: click.Parameter, value: str) -> None:
-    if value == "onnx":
-        raise click.BadParameter(f"this release has no ONNX export yet; there is: {', '.join(FORMATS)}")
+def _check_format(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
     if value not in FORMATS:
         raise click.BadParameter(f"unknown format {value!r}; there is: {', '.join(FORMATS)}")
+    return value
 
 
-@click.command(short_help="Write a 4-bit checkpoint for transformers and vLLM.")
+@click.command(short_help="Write a checkpoint for transformers and vLLM, or for ONNX Runtime.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--format", required=True, callback=_check_format, expose_value=False, help=f"There is: {', '.join(FORMATS)}."
-)
+@click.option("--format", "form", required=True, callback=_check_format, help=f"There is: {', '.join(FORMATS)}.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
     default="none",
     show_default=True,
-    help="none: inputs keep 16 bits (W4A16). token: the bits of the scheme, one scale a token (W4A4).",
+    help="compressed-tensors. none: inputs keep 16 bits (W4A16). token: the bits of the scheme, one scale a token "
+    "(W4A4).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def export(model: Path, out: Path, activations: str, as_json: bool) -> None:
-    """Write the quantized checkpoint in the directory MODEL as stock engines load it.
+def export(model: Path, form: str, out: Path, activations: str, as_json: bool) -> None:
+    """Write the checkpoint in the directory MODEL as other engines load it.
 
-    A checkpoint that they would compute wrongly is refused; the message says how to quantize instead.
+    compressed-tensors: a quantized one, as transformers and vLLM load it. One that they would compute wrongly is
+    refused; the message says how to quantize instead.
+
+    onnx: any, as a graph for ONNX Runtime, with the integers of its scheme; `osp serve --engine onnx` serves it.
     """
     try:
-        report = export_checkpoint(model, out, activations=activations)
+        if form == ONNX:
+            report = _export_onnx(model, out, activations)
+        else:
+            report = export_checkpoint(model, out, activations=activations)
     except (CheckpointError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(json.dumps({"out": str(out), **report}) if as_json else _as_text(out, report))
 
 
+def _export_onnx(model: Path, out: Path, activations: str) -> dict[str, Any]:
+    if activations != "none":
+        raise click.UsageError("--activations is of --format compressed-tensors; ONNX has the scheme's own")
+    from quant.export_onnx import export_onnx  # onnx is an extra
+
+    return export_onnx(model, out)
+
+
 def _as_text(out: Path, report: dict[str, Any]) -> str:
-    lines = [
-        f"{group['weight_bits']}-bit weights, {group['input_bits']}-bit inputs: {', '.join(group['sites'])}"
-        for group in report["groups"]
-    ]
-    lines.append(f"16 bits: {', '.join([*report['sixteen_bit'], 'embedding'])}")
+    if report["format"] == ONNX:
+        lines = [f"precision: {report['precision']}"]
+    else:
+        lines = [
+            f"{group['weight_bits']}-bit weights, {group['input_bits']}-bit inputs: {', '.join(group['sites'])}"
+            for group in report["groups"]
+        ]
+        lines.append(f"16 bits: {', '.join([*report['sixteen_bit'], 'embedding'])}")
     lines += [f"note: {note}" for note in report["notes"]]
     return "\n".join([*lines, f"wrote {out}: {report['format']}, {report['bytes']:,} bytes of weights"])

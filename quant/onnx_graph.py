@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+from quant.onnx_directory import GRAPH_FILE, WEIGHTS_FILE
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
 """What ONNX Runtime reads from version 1.20 on."""
@@ -60,7 +60,9 @@ class GraphBuilder:
         """Adds a node with several outputs: so many, or those of the given names."""
         number = len(self._nodes)
         names = [f"{operator}.{number}.{i}" for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
-        self._nodes.append(helper.make_node(operator, inputs, names, f"{operator}.{number}", domain=domain, **attributes))
+        self._nodes.append(
+            helper.make_node(operator, inputs, names, f"{operator}.{number}", domain=domain, **attributes)
+        )
         return names
 
     def constant(self, values: Any, dtype: type[np.generic] = np.float32) -> str:

@@ -107,7 +107,7 @@ def block_size(columns: int) -> int:
 
 
 def pack_blocks(codes_MK: NDArray[np.int8], size: int, bits: int = 4) -> NDArray[np.uint8]:
-    """Codes as `MatMulNBits` holds them, uint8 [M, blocks, size * bits / 8]: plus half their range, low nibble first."""
+    """Codes as `MatMulNBits` holds them, uint8 [M, blocks, size * bits / 8]: shifted by half their range."""
     rows, columns = codes_MK.shape
     offset = 1 << (bits - 1)
     stored = np.full((rows, -(-columns // size) * size), offset, np.uint8)

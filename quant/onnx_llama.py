@@ -136,7 +136,9 @@ class _LlamaGraph:
         scale = graph.node("Clip", width, tiny, largest)
         empty = graph.node("Equal", graph.node("Sub", highest, lowest), zero)
         scale = graph.node("Where", empty, graph.constant(1), scale)
-        point = graph.node("Clip", graph.node("Round", graph.node("Div", graph.node("Neg", lowest), scale)), zero, levels)
+        point = graph.node(
+            "Clip", graph.node("Round", graph.node("Div", graph.node("Neg", lowest), scale)), zero, levels
+        )
         moved = graph.node("Add", graph.node("Round", graph.node("Div", x, scale)), point)
         codes = graph.node("Clip", moved, zero, levels)
         rounded = graph.node("Mul", graph.node("Sub", codes, point), scale)
