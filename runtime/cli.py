@@ -14,6 +14,7 @@ from quant.scheme import SchemeError
 from quant.text import TextError
 from runtime.engine.native_library import KernelError, NativeLibraryError
 from runtime.engine.registry import UnknownEngineError
+from runtime.engine.vllm_arguments import VllmArgumentError, VllmUnavailableError
 from runtime.evaluate import NothingToScoreError
 from runtime.model_store import ModelNotFoundError
 from runtime.text.tokenizer import TokenizerError
@@ -32,6 +33,8 @@ USER_ERRORS = (
     TextError,
     TokenizerError,
     UnknownEngineError,
+    VllmArgumentError,
+    VllmUnavailableError,
 )
 """What a user can cause, and mend: told in one sentence. Anything else is a fault of ours and keeps its traceback.
 

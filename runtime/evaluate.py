@@ -19,7 +19,7 @@ from quant.format import CheckpointReader
 from quant.tasks import ScoredWindow
 from quant.text import Perplexity, windows
 from runtime.engine.base import ModelRunner, SequenceSlice
-from runtime.engine.registry import ENGINES, UnknownEngineError, load_runner
+from runtime.engine.registry import RUNNERS, UnknownEngineError, load_runner
 
 LOGIT_ROWS = 128
 """Rows of logits that are held at a time: all those of a long context times a large vocabulary are too many."""
@@ -27,7 +27,7 @@ LOGIT_ROWS = 128
 TORCH_BATCH_TOKENS = 2**16
 """Tokens whose hidden states the quantizer's simulation holds at a time; for each such batch it reads all weights."""
 
-EVALUATION_ENGINES = (*ENGINES, "torch")
+EVALUATION_ENGINES = (*RUNNERS, "torch")
 """The names that `load_scorer` knows: the engines, and the quantizer's simulation, which serves nobody."""
 
 Progress = Callable[[int], None]

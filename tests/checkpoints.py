@@ -159,10 +159,17 @@ def write_4bit(
 SERVED_CONTEXT = 128
 
 
+SERVED_SHAPE = {
+    "vocab_size": 320,
+    "max_position_embeddings": SERVED_CONTEXT,
+    "num_hidden_layers": 1,
+    "eos_token_id": 0,
+}
+
+
 def write_served(root: Path) -> Path:
     """The W4A4 checkpoint that server tests serve: byte-level tokens, an end token, a context of `SERVED_CONTEXT`."""
-    shape = {"vocab_size": 320, "max_position_embeddings": SERVED_CONTEXT, "num_hidden_layers": 1, "eos_token_id": 0}
-    return write_4bit(root, write_tokenizer=write_byte_level_tokenizer, **shape)
+    return write_4bit(root, write_tokenizer=write_byte_level_tokenizer, **SERVED_SHAPE)
 
 
 def refusal(path: Path) -> str:

@@ -108,6 +108,7 @@ def running_server(
     cwd: Path | None = None,
     before: str | None = None,
     until: str = "serving",
+    start_s: float = 60,
     **environment: str,
 ) -> Iterator[ServerProcess]:
     """`osp serve` on a free port; killed at the end if still there.
@@ -115,10 +116,11 @@ def running_server(
     Args:
         until: yields when the log says so of an address: "serving", or "listening", which is before the models are
             loaded.
+        start_s: how long that may take.
     """
     server = ServerProcess(osp_serve(*arguments, "--port", "0", python=python, cwd=cwd, before=before, **environment))
     try:
-        server.url = server.log.wait_for(rf"{until}\b.* at (https?://[^\s;\"]+)")[1]
+        server.url = server.log.wait_for(rf"{until}\b.* at (https?://[^\s;\"]+)", start_s)[1]
         yield server
     finally:
         server.process.kill()

@@ -20,6 +20,10 @@ class EngineDeadError(RuntimeError):
     """The engine cannot serve any more; the message says why. The process should be restarted."""
 
 
+class EngineLostError(EngineDeadError):
+    """The engine's own process has ended, and will not come back while this one lives."""
+
+
 class RequestRejectedError(ValueError):
     """The engine cannot take this request, through no fault of the engine's; the message says why."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from quant.format import read_checkpoint
 from runtime.engine.base import Engine, ModelRunner
@@ -14,11 +15,16 @@ from runtime.engine.native import NativeRunner
 from runtime.engine.native_library import NativeLibraryError, load_library
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.scheduler import SchedulerLimits
+from runtime.engine.vllm_arguments import VllmArgumentError
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "native", "reference")
-"""The names that `load_engine` knows; `auto` chooses among the others."""
+ENGINES = ("auto", "native", "reference", "vllm")
+"""The names that `load_engine` knows; `auto` chooses among the next two."""
+
+VLLM = "vllm"
+RUNNERS = tuple(name for name in ENGINES if name != VLLM)
+"""Those that are a `ModelRunner`, and that `load_runner` knows."""
 
 
 class UnknownEngineError(ValueError):
@@ -30,18 +36,20 @@ class UnknownEngineError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How to run an engine that computes on this machine.
+    """How to run an engine.
 
     Attributes:
         threads: 0 for as many as the process may use (affinity mask and cgroup quota). The reference engine has no
             use for it, nor for `kernel`.
         kernel: one of `osp bench kernel`'s; empty for the best that the processor runs.
         stream_interval_s: least seconds between two deliveries of tokens, see `runtime.engine.stream.Mailroom`.
+        vllm: vLLM's engine arguments by name, see `runtime.engine.vllm_arguments`; no other engine has use for them.
     """
 
     threads: int = 0
     kernel: str = ""
     stream_interval_s: float = 0.0
+    vllm: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_engine(
@@ -54,15 +62,27 @@ def load_engine(
         NativeLibraryError: the native engine is asked for by name, and is not built.
         CheckpointError: `path` is not a usable checkpoint.
         KernelError: the options name a kernel that this processor does not run.
+        VllmUnavailableError, VllmArgumentError, EngineDeadError: see `VllmEngine`.
     """
+    if name not in ENGINES:
+        raise UnknownEngineError(name)
     options = options or EngineOptions()
+    if name == VLLM:
+        from runtime.engine.vllm import VllmEngine
+
+        return VllmEngine(path, limits, options.stream_interval_s, options.vllm)
+    if options.vllm:
+        raise VllmArgumentError(f"arguments for vLLM are of no use to the engine {name}; choose --engine vllm")
     return LocalEngine(load_runner(name, path, options), limits, options.stream_interval_s)
 
 
 def load_runner(name: str, path: Path, options: EngineOptions | None = None) -> ModelRunner:
-    """The bare `ModelRunner` of the engine called `name`, for work without a scheduler; errors as `load_engine`."""
-    if name not in ENGINES:
-        raise UnknownEngineError(name)
+    """The bare `ModelRunner` of the engine called `name`, for work without a scheduler; errors as `load_engine`.
+
+    vLLM has none: it is an engine only with its own scheduler.
+    """
+    if name not in RUNNERS:
+        raise UnknownEngineError(name, RUNNERS)
     if name == "auto":
         name = _choose(path)
     if name == "reference":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Any
 
-from runtime.engine.base import Engine
+from runtime.engine.base import Engine, EngineLostError
 from runtime.server.errors import RETRY_SOON, ApiError, shortened
 from runtime.server.schemas import ModelCard
 from runtime.server.telemetry import Telemetry
@@ -71,12 +71,14 @@ class ModelCatalog:
     def __init__(self, models: Iterable[ServedModel] | None = None) -> None:
         """The first model is the one that requests without a `model` get. None: they will come by `add`."""
         self._models: dict[str, ServedModel] = {}
+        lost: why no engine of this process will ever serve a model again; None: none is lost.
         self.phase = Phase.LOADING
         if models is not None:
             for model in models:
                 self.add(model)
             self.phase = Phase.SERVING
 
+        self.lost: EngineLostError | None = None
     def add(self, model: ServedModel) -> None:
         """Adds a model under a name of its own."""
         self._models[model.name] = model
@@ -113,6 +115,7 @@ class ModelCatalog:
                 raise outcome
 
     async def shutdown(self, drain_s: float) -> None:
+        self.lost = next((outcome for outcome in outcomes if isinstance(outcome, EngineLostError)), None)
         """Stops admitting; lets live requests finish for up to `drain_s` seconds, then aborts them."""
         self.phase = Phase.DRAINING
         await asyncio.gather(*(model.engine.shutdown(drain_s) for model in self))

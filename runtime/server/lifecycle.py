@@ -120,7 +120,7 @@ class _Server(uvicorn.Server):
     """uvicorn, except that it loads the models while it listens, and that a signal drains the engines first.
 
     Attributes:
-        failure: why the models could not be loaded.
+        failure: why the models could not be loaded, or cannot be served any more.
     """
 
     def __init__(
@@ -151,6 +151,13 @@ class _Server(uvicorn.Server):
             asked = asyncio.Event()
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
             self._tasks.append(asyncio.create_task(reload_on_change(self._reloadables, asked)))
+
+    async def on_tick(self, counter: int) -> bool:
+        """Leaves, and says why, once an engine is lost that only another process can have anew."""
+        if self._catalog.lost is not None and self.failure is None:
+            self.failure = self._catalog.lost
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def _load_models(self, url: str) -> None:
         def load_all() -> None:

@@ -72,6 +72,13 @@ class ServerSettings(BaseSettings):
     )
     kernel: str = _setting("Models", "", "The native engine's kernel, of those that osp bench kernel lists.")
 
+    vllm: dict[str, Any] = _setting(
+        "Models",
+        {},
+        "vLLM's own engine arguments, by their names: --vllm.NAME=VALUE, or --vllm.NAME for a switch; in the "
+        "environment and the file an object.",
+    )
+
     # An empty host would mean every address.
     host: str = _setting(
         "Network", "127.0.0.1", "Address to listen on; 0.0.0.0 opens the server to the network.", min_length=1

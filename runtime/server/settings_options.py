@@ -19,15 +19,30 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 POSITIONAL = "model"
 """The setting that is an argument, several times, and not an option."""
 
+NAMESPACE = "vllm"
+"""The setting whose options are another program's: whatever follows `--vllm.`."""
+
 
 class SettingsCommand(click.Command):
-    """A command whose help groups the options of `settings_options` by topic."""
+    """A command whose help groups the options of `settings_options` by topic, and that takes those of `NAMESPACE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Takes the words that begin with `--vllm.` away first, whose names click does not know."""
+        end = args.index("--") if "--" in args else len(args)
+        prefix = f"--{NAMESPACE}."
+        foreign = [word.removeprefix(prefix) for word in args[:end] if word.startswith(prefix)]
+        rest = super().parse_args(ctx, [w for w in args[:end] if not w.startswith(prefix)] + args[end:])
+        ctx.params[NAMESPACE] = dict(map(_foreign_argument, foreign)) or None
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One section a topic; options of the command's own come last."""
         options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
         for topic, of_topic in groupby(options, lambda option: getattr(option, "topic", "Other")):
             rows = [row for option in of_topic if (row := option.get_help_record(ctx))]
+            field = ServerSettings.model_fields[NAMESPACE]
+            if topic == topic_of(field):
+                rows.append((f"--{NAMESPACE}.NAME=VALUE", str(field.description)))
             if rows:
                 with formatter.section(topic):
                     formatter.write_dl(rows)
@@ -45,9 +60,19 @@ def settings_options(command: Command) -> Command:
     What is not on the command line is None or (), so that `read_settings` can tell it from what is.
     """
     for name, field in reversed(ServerSettings.model_fields.items()):
-        if name != POSITIONAL and not _is_secret(field):
+        if name not in (POSITIONAL, NAMESPACE) and not _is_secret(field):
             command = _option(name, field)(command)
     return click.argument(POSITIONAL, nargs=-1)(command)
+
+
+def _foreign_argument(word: str) -> tuple[str, str | bool]:
+    """A name, with the underscores that it has in environment and file, and its value; a switch's is a bool."""
+    name, equals, value = word.partition("=")
+    head, dot, rest = name.partition(".")
+    head = head.replace("-", "_")
+    if equals:
+        return head + dot + rest, value
+    return (head.removeprefix("no_"), False) if head.startswith("no_") else (head, True)
 
 
 def read_settings(command_line: Mapping[str, Any]) -> ServerSettings:

@@ -41,10 +41,15 @@ class GrammarError(ValueError):
 
 
 class Grammar:
-    """A compiled demand, as an engine's `Guide`. Children of a request share it; one caller at a time."""
+    """A compiled demand, as an engine's `Guide`. Children of a request share it; one caller at a time.
 
-    def __init__(self, start: LLMatcher, vocab_size: int, followed: int) -> None:
+    Attributes:
+        text: the grammar in llguidance's own form, Lark or JSON, for engines that compile it themselves.
+    """
+
+    def __init__(self, start: LLMatcher, vocab_size: int, followed: int, text: str) -> None:
         """Takes the state before the first token, and the number of sequences that will be followed."""
+        self.text = text
         self._start = start
         self._vocab_size = vocab_size
         self._capacity = followed
@@ -113,7 +118,7 @@ class GrammarCompiler:
             raise GrammarError("no text meets it")
         if matcher.is_error():
             raise GrammarError(_fault(matcher))
-        return Grammar(matcher, self._vocab_size, followed)
+        return Grammar(matcher, self._vocab_size, followed, grammar)
 
 
 class LazyCompiler:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,31 @@ from quant.format import Checkpoint
 from quant.llama import CheckpointError
 from runtime.engine.base import GenerationRequest, SamplingParams
 from runtime.engine.native_library import NativeLibraryError
-from runtime.engine.registry import UnknownEngineError, load_engine, load_runner
+from runtime.engine.registry import EngineOptions, UnknownEngineError, load_engine, load_runner
 from runtime.engine.scheduler import SchedulerLimits
+from runtime.engine.vllm_arguments import VllmArgumentError, VllmUnavailableError
 
 
-@pytest.mark.parametrize("name", ["onnx", "vllm", "referense", ""])
+@pytest.mark.parametrize("name", ["onnx", "referense", ""])
 def test_an_engine_that_this_release_lacks(name: str) -> None:
     for load in (load_engine, load_runner):
         with pytest.raises(UnknownEngineError, match=f"no engine '{name}'; it has: auto, native, reference"):
             load(name, Path("nowhere"))
+
+
+def test_vllm_is_not_imported_and_says_what_to_install(tmp_path: Path) -> None:
+    """Where it is not installed, that is; tests/vllm has the rest."""
+    if find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    with pytest.raises(VllmUnavailableError, match=r"pip install 'osp-runtime\[vllm\]'"):
+        load_engine("vllm", tmp_path)
+    with pytest.raises(UnknownEngineError, match=r"no engine 'vllm'; it has: auto, native, reference$"):
+        load_runner("vllm", tmp_path)
+
+
+def test_arguments_for_vllm_belong_to_vllm(quantized: Checkpoint) -> None:
+    with pytest.raises(VllmArgumentError, match="of no use to the engine reference"):
+        load_engine("reference", quantized.path, options=EngineOptions(vllm={"max_num_seqs": 4}))
 
 
 def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:

@@ -8,18 +8,19 @@ from pathlib import Path
 import openai
 import pytest
 from chat_checkpoint import write_chat
-from checkpoints import write_served
+from checkpoints import END, SERVED_SHAPE, write_byte_level_tokenizer
 from hypothesis import settings
+from served_engine import OPTIONS, START_S, write_model
 from server_process import EVENT_A_TOKEN, ServerProcess, running_server
 
 from runtime.text.tokenizer import Tokenizer
 
-settings.register_profile("fuzz", max_examples=2000, deadline=None)  # make test-fuzz
+settings.register_profile("fuzz", max_examples=500, deadline=None)  # make test-fuzz
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_served(tmp_path_factory.mktemp("models") / "tiny")
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", write_byte_level_tokenizer, END, **SERVED_SHAPE)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def server(checkpoint: Path) -> Iterator[ServerProcess]:
     """One server for all tests that leave it as it was. It must end well, too."""
-    with running_server(str(checkpoint), *EVENT_A_TOKEN) as running:
+    with running_server(str(checkpoint), *OPTIONS, *EVENT_A_TOKEN, start_s=START_S) as running:
         yield running
         assert running.stop() == 0
 

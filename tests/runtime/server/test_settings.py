@@ -13,8 +13,8 @@ from runtime.server.settings import ServerSettings
 from runtime.server.settings_options import SettingsCommand, read_settings, settings_options, topic_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
-NO_OPTION = {"model", "api_key"}
-"""An argument, and a secret."""
+NO_OPTION = {"model", "api_key", "vllm"}
+"""An argument, a secret, and a namespace of options."""
 
 
 @click.command(cls=SettingsCommand)
@@ -71,6 +71,24 @@ def test_command_line_beats_environment_beats_file_beats_default(file: Path) -> 
     assert settings(*config, "--port", "8000", OSP_PORT="9000").port == 8000
     assert settings(*config).max_waiting == 7
     assert settings(*config).log_prompts is False
+
+
+def test_arguments_of_vllm_come_by_their_own_names(file: Path) -> None:
+    words = ("--vllm.max-num-seqs=8", "--vllm.enforce-eager", "demo", "--vllm.no-enable-prefix-caching")
+    given = settings(*words, "--vllm.compilation-config.mode=0", "--port", "9000")
+    assert given.vllm == {
+        "max_num_seqs": "8",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "compilation_config.mode": "0",
+    }
+    assert (given.model, given.port) == (("demo",), 9000)
+    file.write_text("vllm:\n  max_num_seqs: 4\n  dtype: bfloat16\n")
+    config = ("--config", str(file))
+    assert settings(*config, "--vllm.dtype=float32").vllm == {"max_num_seqs": 4, "dtype": "float32"}
+    assert settings(*config, OSP_VLLM='{"max_num_seqs": 2}').vllm == {"max_num_seqs": 2, "dtype": "bfloat16"}
+    assert settings("--", "--vllm.x").vllm == {}
+    assert "--vllm.NAME=VALUE" in CliRunner().invoke(show, ["--help"]).output
 
 
 def test_switches_have_two_ends() -> None:
@@ -172,7 +190,7 @@ def test_the_page_lists_every_setting_with_its_default() -> None:
     assert list(rows) == list(fields)
     for name, shown in rows.items():
         default = fields[name].default
-        if default in (None, (), ""):
+        if default in (None, (), "", {}):
             assert shown == "", name
         else:
             written = ", ".join(default) if isinstance(default, tuple) else str(default).lower()
