@@ -14,11 +14,8 @@ from quant.directories import appearing_whole, copy_companions
 from quant.files import read_json, write_json
 from quant.format import CheckpointReader
 from quant.llama import CheckpointError
-from quant.onnx_directory import EXPORT_VERSION, FORMAT, export_record
+from quant.onnx_directory import EXPORT_VERSION, FORMAT, export_record, obstacle
 from quant.onnx_llama import build_graph
-
-HEAD_MULTIPLE = 8
-"""ONNX Runtime's GroupQueryAttention takes heads of no other width."""
 
 
 def export_onnx(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -48,12 +45,8 @@ def export_onnx(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
 
 def require_exportable(reader: CheckpointReader) -> None:
     """Raises `CheckpointError` where ONNX Runtime's attention does not take the model's shape."""
-    if reader.config.head_dim % HEAD_MULTIPLE:
-        raise CheckpointError(
-            reader.path,
-            f"heads of width {reader.config.head_dim}: ONNX Runtime's attention takes multiples of {HEAD_MULTIPLE}; "
-            "serve it with --engine native",
-        )
+    if reason := obstacle(reader.config):
+        raise CheckpointError(reader.path, f"{reason}; run it with the native engine")
 
 
 def write_graph(reader: CheckpointReader, directory: Path) -> int:

@@ -27,6 +27,17 @@ EXPORT_VERSION = 1
 """Of the graph's inputs and outputs; another is refused."""
 
 
+HEAD_MULTIPLE = 8
+"""The attention of ONNX Runtime takes heads of no other width."""
+
+
+def obstacle(config: LlamaConfig) -> str | None:
+    """Why ONNX Runtime cannot compute a model of this shape; None: it can."""
+    if config.head_dim % HEAD_MULTIPLE:
+        return f"its heads have a width of {config.head_dim}, and ONNX Runtime takes multiples of {HEAD_MULTIPLE}"
+    return None
+
+
 def is_exported(root: Path) -> bool:
     """Whether a directory has a graph, from wherever it may be."""
     return os.path.lexists(root / GRAPH_FILE)

@@ -13,6 +13,7 @@ from quant.llama import CheckpointError
 from quant.scheme import SchemeError
 from quant.text import TextError
 from runtime.engine.native_library import KernelError, NativeLibraryError
+from runtime.engine.onnx_session import OnnxUnavailableError
 from runtime.engine.registry import UnknownEngineError
 from runtime.engine.vllm_arguments import VllmArgumentError, VllmUnavailableError
 from runtime.evaluate import NothingToScoreError
@@ -29,6 +30,7 @@ USER_ERRORS = (
     NativeLibraryError,
     NonFiniteError,
     NothingToScoreError,
+    OnnxUnavailableError,
     SchemeError,
     TextError,
     TokenizerError,

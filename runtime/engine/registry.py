@@ -10,17 +10,18 @@ from typing import Any
 
 from quant.format import read_checkpoint
 from runtime.engine.base import Engine, ModelRunner
+from runtime.engine.choice import choose_engine
 from runtime.engine.local import LocalEngine
 from runtime.engine.native import NativeRunner
-from runtime.engine.native_library import NativeLibraryError, load_library
+from runtime.engine.onnx import OnnxRunner
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.scheduler import SchedulerLimits
 from runtime.engine.vllm_arguments import VllmArgumentError
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "native", "reference", "vllm")
-"""The names that `load_engine` knows; `auto` chooses among the next two."""
+ENGINES = ("auto", "native", "onnx", "reference", "vllm")
+"""The names that `load_engine` knows; `auto` chooses among the others."""
 
 VLLM = "vllm"
 RUNNERS = tuple(name for name in ENGINES if name != VLLM)
@@ -39,9 +40,8 @@ class EngineOptions:
     """How to run an engine.
 
     Attributes:
-        threads: 0 for as many as the process may use (affinity mask and cgroup quota). The reference engine has no
-            use for it, nor for `kernel`.
-        kernel: one of `osp bench kernel`'s; empty for the best that the processor runs.
+        threads: 0 for as many as the process may use. The reference engine has no use for it.
+        kernel: of the native engine: one of `osp bench kernel`'s; empty for the best that the processor runs.
         stream_interval_s: least seconds between two deliveries of tokens, see `runtime.engine.stream.Mailroom`.
         vllm: vLLM's engine arguments by name, see `runtime.engine.vllm_arguments`; no other engine has use for them.
     """
@@ -60,6 +60,7 @@ def load_engine(
     Raises:
         UnknownEngineError: no such engine; raised before anything is read.
         NativeLibraryError: the native engine is asked for by name, and is not built.
+        OnnxUnavailableError: the ONNX engine is asked for by name, and its packages are not installed.
         CheckpointError: `path` is not a usable checkpoint.
         KernelError: the options name a kernel that this processor does not run.
         VllmUnavailableError, VllmArgumentError, EngineDeadError: see `VllmEngine`.
@@ -67,6 +68,8 @@ def load_engine(
     if name not in ENGINES:
         raise UnknownEngineError(name)
     options = options or EngineOptions()
+    if name == "auto":
+        name = choose_engine(path)
     if name == VLLM:
         from runtime.engine.vllm import VllmEngine
 
@@ -83,21 +86,13 @@ def load_runner(name: str, path: Path, options: EngineOptions | None = None) -> 
     """
     if name not in RUNNERS:
         raise UnknownEngineError(name, RUNNERS)
+    options = options or EngineOptions()
     if name == "auto":
-        name = _choose(path)
+        name = choose_engine(path, bare=True)
     if name == "reference":
         return ReferenceRunner(read_checkpoint(path))
-    options = options or EngineOptions()
+    if name == "onnx":
+        return OnnxRunner(path, threads=options.threads)
     runner = NativeRunner(path, threads=options.threads, kernel=options.kernel)
     log.info("native engine: kernel %s, %d threads", runner.kernel, runner.threads)
     return runner
-
-
-def _choose(path: Path) -> str:
-    try:
-        load_library()
-    except NativeLibraryError as error:
-        log.warning("engine auto: the slow reference engine runs %s, since %s", path, error)
-        return "reference"
-    log.info("engine auto: native runs %s", path)
-    return "native"
