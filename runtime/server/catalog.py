@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -22,7 +22,8 @@ class ServedModel:
     Attributes:
         telemetry: where this model's sequences are recorded.
         card: what clients are told about it.
-        chat_template: the Jinja text that makes a prompt of a chat; None: there is none.
+        chat_templates: the Jinja texts that make a prompt of a chat, by name: "default", and where the checkpoint has
+            a template of its own for conversations with tools, "tool_use".
     """
 
     def __init__(
@@ -34,11 +35,11 @@ class ServedModel:
         *,
         scheme: dict[str, Any] | None = None,
         quality: dict[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_templates: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
-        self.chat_template = chat_template
+        self.chat_templates = dict(chat_templates or {})
         self.telemetry = telemetry.of_model(name, engine)
         self.engine: Engine = MeteredEngine(engine, self.telemetry)
         self.card = ModelCard(
@@ -49,8 +50,12 @@ class ServedModel:
             precision=engine.info.precision,
             scheme=scheme,
             quality=quality,
-            chat=chat_template is not None,
+            chat="default" in self.chat_templates,
         )
+
+    def chat_template(self, *, tools: bool) -> str | None:
+        """The template for a conversation, as transformers chooses it; None: there is none."""
+        return (self.chat_templates.get("tool_use") if tools else None) or self.chat_templates.get("default")
 
 
 class Phase(StrEnum):
@@ -66,19 +71,19 @@ class ModelCatalog:
 
     Attributes:
         phase: requests are taken while `SERVING` only.
+        lost: why no engine of this process will ever serve a model again; None: none is lost.
     """
 
     def __init__(self, models: Iterable[ServedModel] | None = None) -> None:
         """The first model is the one that requests without a `model` get. None: they will come by `add`."""
         self._models: dict[str, ServedModel] = {}
-        lost: why no engine of this process will ever serve a model again; None: none is lost.
         self.phase = Phase.LOADING
+        self.lost: EngineLostError | None = None
         if models is not None:
             for model in models:
                 self.add(model)
             self.phase = Phase.SERVING
 
-        self.lost: EngineLostError | None = None
     def add(self, model: ServedModel) -> None:
         """Adds a model under a name of its own."""
         self._models[model.name] = model
@@ -110,12 +115,12 @@ class ModelCatalog:
             return
         # All of them: a sick one fails its clients when it is asked.
         outcomes = await asyncio.gather(*(model.engine.check_health() for model in self), return_exceptions=True)
+        self.lost = next((outcome for outcome in outcomes if isinstance(outcome, EngineLostError)), None)
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
 
     async def shutdown(self, drain_s: float) -> None:
-        self.lost = next((outcome for outcome in outcomes if isinstance(outcome, EngineLostError)), None)
         """Stops admitting; lets live requests finish for up to `drain_s` seconds, then aborts them."""
         self.phase = Phase.DRAINING
         await asyncio.gather(*(model.engine.shutdown(drain_s) for model in self))

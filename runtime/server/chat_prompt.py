@@ -30,7 +30,7 @@ async def encode_chat(
     Raises:
         ApiError: 400, the model has no template, or its template does not take this conversation.
     """
-    source = model.chat_template
+    source = model.chat_template(tools=variables.get("tools") is not None)
     if source is None:
         message = (
             f"the model {model.name!r} has no chat template, so it takes no messages; start the server with "

@@ -1,4 +1,4 @@
-"""What one connection may take: time to send a request, time to read an answer, room for headers.
+"""How many connections there may be, and what one may take: time to send and to read, room for headers.
 
 Of a slow reader's answer, at most a buffer is kept: the tokens after it wait where they are made. If nothing of the
 buffer is taken for `write_timeout`, the connection is cut, and with it the generation ends.
@@ -14,7 +14,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from runtime.server.errors import ApiError
+from runtime.server.errors import RETRY_SOON, ApiError
 from runtime.server.settings import ServerSettings
 
 LINGER_S = 1.0
@@ -28,6 +28,7 @@ class BoundedProtocol(H11Protocol):
         super().__init__(*arguments, **named)
         self._read_timeout = settings.read_timeout
         self._write_timeout = settings.write_timeout
+        self._max_connections = settings.max_connections
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._refused = False
@@ -35,6 +36,10 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected, and owes a request."""
         super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            message = f"the server has {self._max_connections} connections, and takes no more"
+            self._refuse(ApiError(503, message, code="too_many_connections", headers=RETRY_SOON))
+            return
         self._await_request()
 
     def data_received(self, data: bytes) -> None:
@@ -71,11 +76,14 @@ class BoundedProtocol(H11Protocol):
         fault = sys.exception()  # uvicorn calls this while it handles h11's error
         status = fault.error_status_hint if isinstance(fault, h11.RemoteProtocolError) else 400
         message = "the request's line and headers are too large" if status == 431 else msg
-        body = json.dumps(
-            ApiError(status, message, code="headers_too_large" if status == 431 else "bad_request").body()
-        ).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        self._refuse(ApiError(status, message, code="headers_too_large" if status == 431 else "bad_request"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers, before there is a request that the application could answer, and closes the connection."""
+        body = json.dumps(error.body()).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+        response = h11.Response(status_code=error.status, headers=list((headers | error.headers).items()))
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self._refused = True
         self.loop.call_later(LINGER_S, self.transport.close)

@@ -19,6 +19,7 @@ from runtime.server.telemetry import Telemetry
 from runtime.text.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +64,47 @@ def _load(choice: ModelChoice, settings: ServerSettings, telemetry: Telemetry, t
     _, quantization = read_config(choice.path)
     quality = recorded_quality(read_provenance(choice.path))
     tokenizer = Tokenizer.load(choice.path)
-    chat_template = template if template is not None else read_chat_template(choice.path)
+    chat_templates = {"default": template} if template is not None else read_chat_templates(choice.path)
     limits = SchedulerLimits(max_waiting=settings.max_waiting, step_timeout_s=settings.stall_timeout)
     options = EngineOptions(settings.threads, settings.kernel, settings.stream_interval, settings.vllm)
     # Last, when nothing else can fail: the engine starts a thread, which somebody would have to end.
     engine = load_engine(settings.engine, choice.path, limits, options)
     scheme = (quantization or {}).get("scheme")
     return ServedModel(
-        choice.name, engine, tokenizer, telemetry, scheme=scheme, quality=quality, chat_template=chat_template
+        choice.name, engine, tokenizer, telemetry, scheme=scheme, quality=quality, chat_templates=chat_templates
     )
 
 
-def read_chat_template(directory: Path) -> str | None:
-    """The chat template of a checkpoint, found as transformers finds it; None: it has none.
+def read_chat_templates(directory: Path) -> dict[str, str]:
+    """The chat templates of a checkpoint by name, found as transformers finds them; the usual one is "default".
 
-    `chat_template.jinja` goes before `tokenizer_config.json`. Where the latter lists several templates by name, it is
-    the one called "default".
+    `chat_template.jinja` and `additional_chat_templates/NAME.jinja` go before `tokenizer_config.json`.
 
     Raises:
         CheckpointError: a file cannot be read, or has something else in the template's place.
     """
+    files = {path.stem: f"{TEMPLATE_FOLDER}/{path.name}" for path in (directory / TEMPLATE_FOLDER).glob("*.jinja")}
     if (directory / TEMPLATE_FILE).exists():
-        return _read(directory, TEMPLATE_FILE)
+        files["default"] = TEMPLATE_FILE
+    if files:
+        return {name: _read(directory, file) for name, file in files.items()}
     if not (directory / "tokenizer_config.json").exists():
-        return None
+        return {}
     try:
         config = json.loads(_read(directory, "tokenizer_config.json"))
     except (ValueError, RecursionError):
         raise CheckpointError(directory, "tokenizer_config.json cannot be read: it is no JSON") from None
-    template: Any = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(template, list):
-        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if template is not None and not isinstance(template, str):
+    return _named_templates(directory, config.get("chat_template") if isinstance(config, dict) else None)
+
+
+def _named_templates(directory: Path, given: Any) -> dict[str, str]:
+    """What stands in tokenizer_config.json: one text, or a list of objects with `name` and `template`."""
+    templates = {} if given is None else {"default": given}
+    if isinstance(given, list):
+        templates = {str(item.get("name")): item.get("template") for item in given if isinstance(item, dict)}
+    if not all(isinstance(template, str) for template in templates.values()):
         raise CheckpointError(directory, "tokenizer_config.json has a chat_template that is no text")
-    return template
+    return templates
 
 
 def _read_override(file: Path | None) -> str | None:

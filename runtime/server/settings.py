@@ -118,6 +118,10 @@ class ServerSettings(BaseSettings):
         "Access", 0, "Tokens a minute, prompt and answer, of one key or address; 0 for no limit.", ge=0
     )
 
+    # Below the 1,024 files that a process may usually have open.
+    max_connections: int = _setting(
+        "Limits", 1000, "Connections at a time; whoever opens another is answered with 503.", ge=1
+    )
     max_waiting: int = _setting(
         "Limits", 256, "Sequences that may wait to be run; beyond them the answer is 503.", ge=1
     )
