@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from runtime.server.auth import PROBES
@@ -14,7 +15,7 @@ from runtime.server.schemas import ChatCompletionChunk, Completion
 from runtime.server.schemas.errors import ErrorBody
 
 _REF = "#/components/schemas/{model}"
-_EVENTS = {"/v1/completions": Completion, "/v1/chat/completions": ChatCompletionChunk}
+_EVENTS: dict[str, type[BaseModel]] = {"/v1/completions": Completion, "/v1/chat/completions": ChatCompletionChunk}
 _OF_ALL = (400, 401, 413, 431, 500, 503)
 _OF_POSTS = (404, 415, 429)
 _NAMED = "/v1/models/{name}"
@@ -36,7 +37,7 @@ def _description(app: FastAPI, keyed: bool) -> dict[str, Any]:
     schemas = description["components"]["schemas"]
     # FastAPI's own answer to a body that is wrong, which is a 400 here.
     del schemas["HTTPValidationError"], schemas["ValidationError"]
-    added = (*_EVENTS.values(), ErrorBody)
+    added: tuple[type[BaseModel], ...] = (*_EVENTS.values(), ErrorBody)
     _, definitions = models_json_schema([(model, "serialization") for model in added], ref_template=_REF)
     schemas |= definitions["$defs"]
     for path, operations in description["paths"].items():

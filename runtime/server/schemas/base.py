@@ -54,8 +54,9 @@ def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
         return schema if null in schema["anyOf"] else {**schema, "anyOf": [*schema["anyOf"], null]}
     if None in schema.get("enum", ()):
         return schema
-    about = {key: schema[key] for key in ("title", "description", "default") if key in schema}
-    return {**about, "anyOf": [{key: value for key, value in schema.items() if key not in about}, null]}
+    about: JsonSchemaValue = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+    bare = {key: value for key, value in schema.items() if key not in about}
+    return about | {"anyOf": [bare, null]}
 
 
 class unsupported_unless:  # noqa: N801 - an annotation, written as a call
