@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from quant.text import TextError
-from trainer.config import PRESETS, ConfigError, preset
+from trainer.config import PRESETS, ConfigError, Recipe, preset
 
 
 @click.command(short_help="Train an outlier-safe model and export it as a Hugging Face Llama.")
@@ -17,13 +18,14 @@ from trainer.config import PRESETS, ConfigError, preset
     "--data",
     "paths",
     multiple=True,
-    required=True,
-    help="A .txt or .md file (one document), a .jsonl file (a 'text' a line), or a directory of them. Repeatable.",
+    help="A .txt or .md file (one document), a .jsonl file (a 'text' a line), a .parquet file (column 'text'), a "
+    "directory of them, or hf:NAME[:CONFIG][@SPLIT], a dataset of the Hugging Face hub. Repeatable.",
 )
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory; the model lands in OUT/final.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Run directory; the model lands in OUT/final."
+    "--tokenizer", type=click.Path(path_type=Path), help="Directory of a tokenizer.json to use; none is trained."
 )
-@click.option("--recipe", type=click.Choice(["osp", "adam"]), help="adam: the plain twin, AdamW and RMSNorm.")
+@click.option("--recipe", type=click.Choice(get_args(Recipe)), help="adam: the plain twin, AdamW and RMSNorm.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.")
 @click.option("--matrix-lr", type=float, help="Peak learning rate of the matrices.")
 @click.option("--embedding-lr", type=float, help="Peak learning rate of embedding, head and norms.")
@@ -31,11 +33,18 @@ from trainer.config import PRESETS, ConfigError, preset
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--resume", is_flag=True, help="Continue the run in OUT from its last checkpoint.")
+@click.option("--plan", is_flag=True, help="Say what the run would take, in memory and time, and stop.")
+@click.option(
+    "--tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    help="For --plan: sustained TFLOP/s of one device.  [default: measured]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def train(
     preset_name: str,
     paths: tuple[str, ...],
-    out: Path,
+    out: Path | None,
+    tokenizer: Path | None,
     recipe: str | None,
     steps: int | None,
     matrix_lr: float | None,
@@ -44,15 +53,19 @@ def train(
     threads: int | None,
     dtype: str,
     resume: bool,
+    plan: bool,
+    tflops: float | None,
     as_json: bool,
 ) -> None:
     """Trains a compact model on your text, outlier-safe by default, and exports it to OUT/final as a plain Llama."""
     # Not at the top: `osp --help` shows this command too, and need not load torch for it.
     import torch
 
+    from quant.llama import CheckpointError
     from trainer.data import DataError
     from trainer.export import ExportError
-    from trainer.train import TrainingError
+    from trainer.plan import format_plan, make_plan
+    from trainer.train import TrainingError, TrainingStoppedError
     from trainer.train import train as run_training
 
     if threads:
@@ -60,8 +73,20 @@ def train(
     try:
         changes = {"recipe": recipe, "steps": steps, "seed": seed, "matrix_lr": matrix_lr, "embedding_lr": embedding_lr}
         config = preset(preset_name, **changes)
-        report = run_training(paths, out, config, resume=resume, dtype=getattr(torch, dtype), quiet=as_json)
-    except (ConfigError, TextError, DataError, TrainingError, ExportError, OSError) as error:
+        if plan:
+            planned = make_plan(config, tflops)
+            click.echo(json.dumps(planned) if as_json else format_plan(planned))
+            return
+        if not paths or out is None:
+            raise click.UsageError("--data and --out are needed, unless --plan is given")
+        weights_dtype = getattr(torch, dtype)
+        report = run_training(
+            paths, out, config, resume=resume, tokenizer=tokenizer, dtype=weights_dtype, quiet=as_json
+        )
+    except TrainingStoppedError as stopped:
+        click.echo(json.dumps({"stopped_at_step": stopped.step}) if as_json else f"{out}: {stopped}")
+        return
+    except (ConfigError, TextError, DataError, CheckpointError, TrainingError, ExportError, OSError) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(json.dumps({"checkpoint": str(out / "final"), **report}))

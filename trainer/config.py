@@ -11,7 +11,16 @@ Recipe = Literal["osp", "adam"]
 
 
 CHANGEABLE = frozenset(
-    {"matrix_lr", "embedding_lr", "micro_batch_tokens", "eval_tokens", "eval_every", "checkpoint_every"}
+    {
+        "matrix_lr",
+        "embedding_lr",
+        "micro_batch_tokens",
+        "eval_tokens",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "skip_limit",
+    }
 )
 """Settings that may differ when a run is resumed."""
 
@@ -58,6 +67,8 @@ class TrainConfig:
             memory and does not change what is computed, but for rounding.
         held_out: share of the documents that training never sees.
         eval_tokens: held-out tokens that each evaluation reads, at most.
+        keep_checkpoints: how many of the newest stay on disk, beside the best.
+        skip_limit: steps in a row with a loss or gradient that is not finite; so many end the run, fewer are skipped.
         autocast: run matrix products in bfloat16; parameters and optimizer state stay float32.
     """
 
@@ -76,6 +87,8 @@ class TrainConfig:
     eval_tokens: int = 16_384
     eval_every: int = 200
     checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    skip_limit: int = 3
     autocast: bool = False
     seed: int = 0
 
@@ -84,7 +97,7 @@ class TrainConfig:
             raise ConfigError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of the context length {self.model.context_length}"
             )
-        for name in ("steps", "eval_every", "checkpoint_every", "micro_batch_tokens"):
+        for name in ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "skip_limit", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, is {getattr(self, name)}")
         for name in ("matrix_lr", "embedding_lr"):

