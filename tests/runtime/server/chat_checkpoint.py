@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from checkpoints import END, write_4bit, write_byte_level_tokenizer
+from checkpoints import END, write_byte_level_tokenizer
+from served_engine import write_model
 from tokenizers import AddedToken, Tokenizer
 
 CHAT_CONTEXT = 256
@@ -19,14 +20,16 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{{ mood or '' }}{% endif %}"
 )
 
+TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": "<|im_end|>"}
+
 
 def write_chat(root: Path) -> Path:
-    """Writes it; W4A4, a vocabulary of 320, a context of `CHAT_CONTEXT`."""
+    """Writes it, in the form that the engine runs; a vocabulary of 320, a context of `CHAT_CONTEXT`."""
     shape = {"vocab_size": 320, "max_position_embeddings": CHAT_CONTEXT, "num_hidden_layers": 1}
-    write_4bit(root, write_tokenizer=_write_tokenizer, **shape)
+    write_model(root, _write_tokenizer, "<|im_end|>", **shape)
     end = Tokenizer.from_file(str(root / "tokenizer.json")).token_to_id("<|im_end|>")
     (root / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, end]}))
-    (root / "tokenizer_config.json").write_text(json.dumps({"bos_token": END, "eos_token": "<|im_end|>"}))
+    (root / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
     (root / "chat_template.jinja").write_text(TEMPLATE)
     return root
 

@@ -10,7 +10,7 @@ import pytest
 from chat_checkpoint import write_chat
 from checkpoints import END, SERVED_SHAPE, write_byte_level_tokenizer
 from hypothesis import settings
-from served_engine import OPTIONS, START_S, write_model
+from served_engine import ENGINE, OPTIONS, START_S, write_model
 from server_process import EVENT_A_TOKEN, ServerProcess, running_server
 
 from runtime.text.tokenizer import Tokenizer
@@ -48,8 +48,9 @@ def chat_tokenizer(chat_checkpoint: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def chat_server(chat_checkpoint: Path) -> Iterator[ServerProcess]:
-    """A server with a chat model, on the reference engine: its logits can be computed here too."""
-    with running_server(str(chat_checkpoint), "--engine", "reference", *EVENT_A_TOKEN) as running:
+    """A server with a chat model, by default on the reference engine: its logits can be computed here too."""
+    engine = ("--engine", "reference") if ENGINE == "auto" else OPTIONS
+    with running_server(str(chat_checkpoint), *engine, *EVENT_A_TOKEN, start_s=START_S) as running:
         yield running
         assert running.stop() == 0
 
