@@ -90,6 +90,10 @@ class GraphBuilder:
         """A weight that several nodes read: made when it is first asked for."""
         return name if name in self._weights else self.weight(name, make())
 
+    def operators(self) -> list[str]:
+        """Which operators it has, in the order in which they were added."""
+        return [node.op_type for node in self._nodes]
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""

@@ -76,6 +76,9 @@ def add_linear(graph: GraphBuilder, x: str, name: str, layer: Linear) -> str:
     if layer.input_scale is not None:
         return graph.node("Mul", sums, graph.weight(f"{name}.scale", layer.weight.scale * layer.input_scale))
     both = graph.node("Mul", scale, graph.weight(f"{name}.scale", layer.weight.scale))
+    # Scales are positive: the maximum changes nothing, but keeps ONNX Runtime from fusing what it sees, a product of
+    # integers and two scales, into an operator of its own, which multiplies in another order.
+    both = graph.node("Max", both, graph.constant(0))
     return graph.node("Mul", sums, both)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from quant.format import read_config
 from quant.onnx_directory import is_exported, obstacle
 from runtime.engine.native_library import NativeLibraryError, load_library
+from runtime.engine.vllm_arguments import SERIES
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def choose_engine(path: Path, *, bare: bool = False) -> str:
 
 
 def _vllm_missing() -> str | None:
-    if find_spec("vllm") is None:
+    if not any(_is_installed(distribution) for distribution in SERIES):
         return "it is not installed"
     return None if _cuda_devices() else "it has no CUDA device here"
 
@@ -56,9 +57,17 @@ def _native_missing() -> str | None:
 
 def _onnx_missing(path: Path) -> str | None:
     for package in ("onnxruntime", "onnx"):
-        if find_spec(package) is None:
+        if not _is_installed(package):
             return f"{package} is not installed"
     return obstacle(read_config(path)[0])
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _cuda_devices() -> int:

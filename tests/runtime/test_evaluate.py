@@ -161,8 +161,8 @@ def test_torch_tells_the_precision_of_a_full_model(full_precision: Checkpoint) -
 
 
 def test_an_engine_that_is_not_there() -> None:
-    with pytest.raises(UnknownEngineError, match="no engine 'onnx'; it has: auto, native, reference, torch"):
-        load_scorer("onnx", Path("nowhere"))
+    with pytest.raises(UnknownEngineError, match="no engine 'tensorrt'; it has: auto, native, onnx, reference, torch"):
+        load_scorer("tensorrt", Path("nowhere"))
 
 
 def test_torch_is_asked_for_when_it_is_needed(full_precision: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

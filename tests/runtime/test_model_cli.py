@@ -221,7 +221,7 @@ def test_mistakes_are_told_in_one_line(quantized: Checkpoint, tmp_path: Path) ->
         ("info", [tmp_path], "config.json is missing"),
         ("eval", [quantized.path, "--data", tmp_path / "absent.txt"], "absent.txt"),
         ("eval", [quantized.path, "--data", tmp_path / "one.txt"], "nothing to score"),
-        ("eval", [quantized.path, "--data", tmp_path / "one.txt", "--engine", "onnx"], "no engine 'onnx'"),
+        ("eval", [quantized.path, "--data", tmp_path / "one.txt", "--engine", "tensorrt"], "no engine 'tensorrt'"),
         ("eval", [quantized.path, "--task", tmp_path / "bad.jsonl"], 'bad.jsonl:1: no "context"'),
     ):
         result = ask(command, *arguments)
