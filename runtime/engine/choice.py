@@ -31,7 +31,7 @@ def choose_engine(path: Path, *, bare: bool = False) -> str:
     obstacles: dict[str, Callable[[], str | None]] = {"native": _native_missing, "onnx": lambda: _onnx_missing(path)}
     if not bare:
         obstacles = {"vllm": _vllm_missing} | obstacles
-    reasons = []
+    reasons: list[str] = []
     for name, missing in obstacles.items():
         if (reason := missing()) is None:
             log.info("engine auto: %s runs %s%s", name, path, "".join(f"; {reason}" for reason in reasons))
