@@ -93,6 +93,7 @@ class VllmEngine:
         self._most_live = config.scheduler_config.max_num_seqs + self._limits.max_waiting
         self._ranks = config.scheduler_config.policy == "priority"
         precision = reader.scheme.label if reader.scheme else str(config.model_config.dtype).removeprefix("torch.")
+        self._end: int | None = self._llm.tokenizer.eos_token_id
         model = config.model_config
         self._info = EngineInfo("vllm", precision, model.max_model_len, model.get_vocab_size())
         self._mailroom = Mailroom(stream_interval_s)
@@ -111,10 +112,7 @@ class VllmEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """See `Engine.generate`."""
         check_request(request, self._info)
-        if request.priority and not self._ranks:
-            raise RequestRejectedError("priority needs vllm.scheduling_policy to be priority")
-        if len(request.prompt_token_ids) >= self._info.context_length:
-            raise RequestRejectedError("the engine vllm takes no prompt that fills the whole context")
+        self._check(request)
         live = self._submit(request, [sampling_params(request, i) for i in range(request.n)])
         unfinished = request.n
         try:
@@ -173,6 +171,17 @@ class VllmEngine:
             executor.shutdown()
 
     # The client's side.
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Refuses what vLLM, as it has been started, would do otherwise or not at all."""
+        sampling = request.sampling
+        if request.priority and not self._ranks:
+            raise RequestRejectedError("priority needs vllm.scheduling_policy to be priority")
+        if len(request.prompt_token_ids) >= self._info.context_length:
+            raise RequestRejectedError("the engine vllm takes no prompt that fills the whole context")
+        # Past the end of a form vLLM takes any token; and where the end may not come, nor anything else, any too.
+        if sampling.guide is not None and (sampling.min_tokens or self._end not in sampling.stop_token_ids):
+            raise RequestRejectedError("the engine vllm takes no form together with min_tokens, or with ignore_eos")
 
     def _submit(self, request: GenerationRequest, params: list[Any]) -> _LiveRequest:
         if self._draining:

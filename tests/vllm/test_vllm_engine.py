@@ -206,7 +206,15 @@ def test_a_grammar_is_followed(client: Client, path: Path) -> None:
             assert kind in ("json_schema", "grammar")
 
 
-@pytest.mark.parametrize("change", [{"temperature": 3.0}, {"temperature": 0.001}, {"guide": object()}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 3.0},
+        {"temperature": 0.001},
+        {"guide": object()},
+        {"guide": object(), "stop_token_ids": frozenset({0})},
+    ],
+)
 def test_what_vllm_cannot_do_is_refused(client: Client, change: dict[str, Any]) -> None:
     with pytest.raises(RequestRejectedError, match="engine vllm"):
         client.chunks(max_tokens=2, **change)

@@ -10,12 +10,19 @@ import pytest
 from chat_checkpoint import write_chat
 from checkpoints import END, SERVED_SHAPE, write_byte_level_tokenizer
 from hypothesis import settings
-from served_engine import ENGINE, OPTIONS, START_S, write_model
+from served_engine import DIFFERENCES, ENGINE, OPTIONS, START_S, write_model
 from server_process import EVENT_A_TOKEN, ServerProcess, running_server
 
 from runtime.text.tokenizer import Tokenizer
 
 settings.register_profile("fuzz", max_examples=500, deadline=None)  # make test-fuzz
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """The named differences of vLLM, where the tests run on it. One that fails no more is an error too."""
+    for item in items if ENGINE == "vllm" else ():
+        if reason := DIFFERENCES.get(item.originalname):
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture(scope="session")
