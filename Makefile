@@ -13,7 +13,7 @@ CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-fuzz test-lowest lint format setup native bench corpus demo-model demo-twin materials \
-	quantization-table clean
+	quantization-table loadtest-demo clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -105,6 +105,13 @@ quantization-table: materials ## Measure the tables of docs/quantization.md, aft
 	$(BIN)/python -m benchmarks.quantization $(BUILD)/materials/smollm2 --out $(BUILD)/tables/smollm2.md \
 		--calibration $(BUILD)/materials/prose-calibration.jsonl --eval $(BUILD)/materials/prose-eval.jsonl \
 		--task $(BUILD)/materials/hellaswag.jsonl --task $(BUILD)/materials/mmlu.jsonl
+
+loadtest-demo: corpus $(VENV)/.native ## Load the demo model in 4 and in 16 bits, and write docs/loadtest-demo
+	$(BIN)/python -m benchmarks.demo_held_out $(BUILD)/corpus $(BUILD)/loadtest
+	$(BIN)/osp bench load demo demo-16bit --sweep-seconds 10 --quality-data $(BUILD)/loadtest/held_out.jsonl \
+		--out $(BUILD)/loadtest/demo
+	mkdir -p docs/loadtest-demo
+	cp $(BUILD)/loadtest/demo/report.html $(BUILD)/loadtest/demo/report.md docs/loadtest-demo
 
 clean: ## Remove everything that was built, the virtual environment too
 	rm -rf $(BUILD) $(VENV) runtime/native/_osp*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -97,24 +97,44 @@ class LoadGenerator:
                 f"{self.endpoint.url}: conversations of several turns need the token ids of answers, "
                 f"which a server of kind {self.endpoint.kind!r} does not tell"
             )
-        slots = nullcontext() if max_concurrency is None else asyncio.Semaphore(max_concurrency)
         lags: list[float] = []
         watcher = asyncio.create_task(_watch_lag(lags))
         cpu_s, load.start_s = time.process_time(), time.perf_counter()
 
-        async def converse(turns: Conversation, due_s: float) -> None:
-            await _sleep_until(due_s)
-            async with slots:
-                await self._converse(load, turns, time.perf_counter() if closed_loop else due_s)
-
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for turns, after_s in zip(conversations, due_N, strict=True):
-                    tasks.create_task(converse(turns, load.start_s + (0.0 if closed_loop else float(after_s))))
+            if closed_loop:
+                await self._closed_loop(load, conversations, max_concurrency or len(conversations))
+            else:
+                await self._open_loop(load, conversations, due_N, max_concurrency)
         finally:
             watcher.cancel()
             load.cpu_share = (time.process_time() - cpu_s) / max(time.perf_counter() - load.start_s, 1e-9)
             load.loop_lag_p99_ms = 1000 * float(np.percentile(lags, 99)) if lags else 0.0
+
+    async def _closed_loop(self, load: Load, conversations: Sequence[Conversation], users: int) -> None:
+        waiting = iter(conversations)
+
+        async def user() -> None:
+            for turns in waiting:
+                await self._converse(load, turns, time.perf_counter())
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(users):
+                tasks.create_task(user())
+
+    async def _open_loop(
+        self, load: Load, conversations: Sequence[Conversation], due_N: NDArray[np.float64], max_concurrency: int | None
+    ) -> None:
+        slots = nullcontext() if max_concurrency is None else asyncio.Semaphore(max_concurrency)
+
+        async def converse(turns: Conversation, due_s: float) -> None:
+            async with slots:
+                await self._converse(load, turns, due_s)
+
+        async with asyncio.TaskGroup() as tasks:
+            for turns, after_s in zip(conversations, due_N, strict=True):
+                await _sleep_until(load.start_s + float(after_s))
+                tasks.create_task(converse(turns, load.start_s + float(after_s)))
 
     async def _converse(self, load: Load, turns: Conversation, due_s: float) -> None:
         """One turn after the other; each prompt begins with all that was said before. A failed turn is the last."""

@@ -19,6 +19,8 @@ class FakeServer:
         stalls: (from, to), seconds of `time.perf_counter` during which nothing is sent.
         ends: how an answer ends: "well", or what goes wrong after its second token: "closed", "error", "no done".
         key: without which the answer is 401.
+        whole: the answer to every completion, at once and as a whole, in place of a stream.
+        closes_after: after so many requests every other one is cut off.
         bodies, most_at_once: what was asked, and how many requests were under way at the busiest moment.
         first_written_s: when the first token of each answer was written, in the order in which they were asked for.
     """
@@ -30,11 +32,14 @@ class FakeServer:
     key: str | None = None
     owner: str = "osp-runtime"
     stalls: tuple[float, float] = (0.0, 0.0)
+    whole: dict[str, Any] | None = None
+    closes_after: int | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
     first_written_s: list[float] = field(default_factory=list)
     url: str = ""
     _now: int = 0
+    _connections: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[FakeServer]:
@@ -43,20 +48,28 @@ class FakeServer:
         async with server:
             yield self
             server.close()
+            for connection in self._connections:
+                connection.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = next((int(x[15:]) for x in head.lower().split(b"\r\n") if x.startswith(b"content-length:")), 0)
                 body = json.loads(await reader.readexactly(length)) if length else {}
                 if self.key is not None and f"Bearer {self.key}".encode() not in head:
-                    self._whole(writer, 401, {"error": {"message": "no such key", "code": "invalid_api_key"}})
+                    self._answer(writer, 401, {"error": {"message": "no such key", "code": "invalid_api_key"}})
                 elif b"GET /v1/models " in head:
-                    self._whole(writer, 200, {"data": [{"id": "fake", "owned_by": self.owner}]})
+                    self._answer(writer, 200, {"data": [{"id": "fake", "owned_by": self.owner}]})
+                elif b"POST /v1/completions " in head and self.whole is not None:
+                    self._answer(writer, 200, self.whole)
                 elif b"POST /v1/completions " in head:
                     await self._complete(writer, body)
                 else:
-                    self._whole(writer, 404, {"error": "no such route"})
+                    self._answer(writer, 404, {"error": "no such route"})
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the client has left
@@ -66,6 +79,9 @@ class FakeServer:
     async def _complete(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
         began = time.perf_counter()
         self.bodies.append(body)
+        if self.closes_after is not None and len(self.bodies) > self.closes_after:
+            writer.transport.abort()
+            return
         order = len(self.first_written_s)
         self.first_written_s.append(0.0)
         self._now += 1
@@ -107,6 +123,6 @@ class FakeServer:
     def _chunk(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
-    def _whole(self, writer: asyncio.StreamWriter, status: int, answer: dict[str, Any]) -> None:
+    def _answer(self, writer: asyncio.StreamWriter, status: int, answer: dict[str, Any]) -> None:
         data = json.dumps(answer).encode()
         writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)

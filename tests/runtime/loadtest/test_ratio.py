@@ -29,7 +29,9 @@ def test_the_interval_holds_the_truth_in_95_of_100_runs() -> None:
         machine_R = rng.lognormal(0, 0.5, 3)  # what both of a pair have in common falls out
         a_R, b_R = 3 * machine_R * rng.lognormal(0, 0.1, 3), machine_R * rng.lognormal(0, 0.1, 3)
         found = ratio_of_repeats(a_R.tolist(), b_R.tolist())
-        assert found is not None and found.low is not None and found.high is not None
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
         held += found.low <= 3 <= found.high
 
     assert held / 2000 == pytest.approx(0.95, abs=0.015)

@@ -72,7 +72,7 @@ def test_two_that_differ(records: list[RequestRecord], words: str) -> None:
 
 
 def test_nothing_is_compared_where_requests_failed_or_metrics_are_unknown() -> None:
-    failed = seen(3, 0.5) + [RequestRecord(0.0, error="the connection failed")]
+    failed = [*seen(3, 0.5), RequestRecord(0.0, error="the connection failed")]
 
     assert compared(failed).agrees is None
     assert compared(seen(4, 0.5), prefix="other_").agrees is None

@@ -45,7 +45,8 @@ def test_saturation_and_the_highest_rate_that_holds() -> None:
     rates = np.arange(7.0, 10.5, 0.25)
     highest = max(rate for rate in rates if queue(rate)[0]["p99_ttft_ms"] <= SLO.ttft_ms)
     found, most = max_rate_at_slo(sweep.points), saturation(sweep.points, {}, None)
-    assert found is not None and most is not None
+    assert found is not None
+    assert most is not None
     assert highest / RESOLUTION <= found.request_rate <= highest + 0.25
     assert found.request_goodput == pytest.approx(found.request_rate, rel=0.03)
     assert most.output_throughput == pytest.approx(1 / SERVICE_S, rel=0.02)
