@@ -114,7 +114,7 @@ def pack_blocks(codes_MK: NDArray[np.int8], size: int, bits: int = 4) -> NDArray
     rows, columns = codes_MK.shape
     offset = 1 << (bits - 1)
     stored = np.full((rows, -(-columns // size) * size), offset, np.uint8)
-    stored[:, :columns] = (codes_MK.astype(np.int16) + offset).astype(np.uint8)
+    stored[:, :columns] = codes_MK.view(np.uint8) + np.uint8(offset)  # which wraps, as it must
     if bits == 4:
         stored = stored[:, 0::2] | (stored[:, 1::2] << np.uint8(4))
     return stored.reshape(rows, -1, size * bits // 8)
@@ -155,7 +155,7 @@ def _blocked_product(
 def _integer_product(graph: GraphBuilder, codes: str, name: str, weight: QuantizedWeight) -> str:
     """Exact sums of products of codes of up to 8 bits."""
     moved = graph.node("Cast", graph.node("Add", codes, graph.constant(128)), to=np_kind(np.uint8))
-    stored_KM = (weight.codes.T.astype(np.int16) + 128).astype(np.uint8)
+    stored_KM = (weight.codes.view(np.uint8) + np.uint8(128)).T  # the sum wraps, as it must
     zero = graph.constant(128, np.uint8)
     sums = graph.node("MatMulInteger", moved, graph.weight(name, stored_KM), zero, zero)
     return graph.node("Cast", sums, to=np_kind(np.float32))
