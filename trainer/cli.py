@@ -32,6 +32,8 @@ from trainer.config import PRESETS, ConfigError, Recipe, preset
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of initialization and data order.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between two checkpoints.")
+@click.option("--keep-checkpoints", type=click.IntRange(min=1), help="How many of the newest stay, beside the best.")
 @click.option("--resume", is_flag=True, help="Continue the run in OUT from its last checkpoint.")
 @click.option("--plan", is_flag=True, help="Say what the run would take, in memory and time, and stop.")
 @click.option(
@@ -52,6 +54,8 @@ def train(
     seed: int | None,
     threads: int | None,
     dtype: str,
+    checkpoint_every: int | None,
+    keep_checkpoints: int | None,
     resume: bool,
     plan: bool,
     tflops: float | None,
@@ -71,8 +75,16 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     try:
-        changes = {"recipe": recipe, "steps": steps, "seed": seed, "matrix_lr": matrix_lr, "embedding_lr": embedding_lr}
-        config = preset(preset_name, **changes)
+        config = preset(
+            preset_name,
+            recipe=recipe,
+            steps=steps,
+            seed=seed,
+            matrix_lr=matrix_lr,
+            embedding_lr=embedding_lr,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+        )
         if plan:
             planned = make_plan(config, tflops)
             click.echo(json.dumps(planned) if as_json else format_plan(planned))

@@ -8,10 +8,12 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import export
+from trainer.checkpoints import checkpoints
 from trainer.cli import train as train_command
 from trainer.config import ConfigError, preset
+from trainer.data import prepare
 from trainer.model import OSPModel
-from trainer.train import Trainer, TrainingError, checkpoints, prepare, train
+from trainer.train import Trainer, train
 
 TINY = preset("tiny", steps=24)
 
@@ -74,17 +76,6 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(finished, corpus, tmp_pat
         assert torch.equal(whole[name], broken[name]), name
 
 
-def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(corpus, tmp_path):
-    trainer = Trainer.start(TINY, tmp_path, prepare([corpus], tmp_path / "data", TINY))
-    with torch.no_grad():
-        trainer.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    before = [parameter.clone() for parameter in trainer.model.parameters()]
-    with pytest.raises(TrainingError, match=r"step 1: loss nan"):
-        trainer.train_step()
-    for old, new in zip(before, trainer.model.parameters(), strict=True):
-        assert torch.equal(old.nan_to_num(7), new.nan_to_num(7))
-
-
 def test_an_export_that_would_change_the_logits_is_refused(monkeypatch):
     model = OSPModel(TINY.model, "osp")
     assert export.assert_unchanged(model) < 1e-12
@@ -125,20 +116,10 @@ def test_a_lower_learning_rate_may_be_taken_up_on_resuming(corpus, tmp_path):
         Trainer.start(replace(TINY, seed=9), tmp_path, streams).restore(checkpoints(tmp_path)[-1])
 
 
-def test_a_damaged_checkpoint_is_named(corpus, tmp_path):
-    trainer = Trainer.start(TINY, tmp_path, prepare([corpus], tmp_path / "data", TINY))
-    trainer.save()
-    (file,) = checkpoints(tmp_path)
-    for content in (file.read_bytes()[: file.stat().st_size // 2], b"", b"no checkpoint"):
-        file.write_bytes(content)
-        with pytest.raises(TrainingError, match=r"step-00000000\.pt is damaged"):
-            trainer.restore(file)
-
-
 def test_a_refused_resume_leaves_the_record_alone(finished, corpus):
     directory, _ = finished
     before = (directory / "config.json").read_text("utf-8")
-    with pytest.raises(ConfigError, match="another steps"):
+    with pytest.raises(ConfigError, match=r"another steps \(24, now"):
         train([corpus], directory, preset("tiny", steps=7), resume=True)
     assert (directory / "config.json").read_text("utf-8") == before
 
@@ -147,7 +128,7 @@ def test_a_run_is_not_started_over_another_nor_resumed_from_nothing(finished, co
     directory, _ = finished
     with pytest.raises(ConfigError, match="--resume"):
         train([corpus], directory, TINY)
-    with pytest.raises(ConfigError, match="another steps"):
+    with pytest.raises(ConfigError, match=r"another steps \(24, now"):
         train([corpus], directory, preset("tiny", steps=25), resume=True)
     with pytest.raises(ConfigError, match="no checkpoint"):
         train([corpus], tmp_path, TINY, resume=True)
@@ -179,6 +160,8 @@ def test_the_command_names_what_is_wrong_with_a_corpus(tmp_path, make, message):
         (["--matrix-lr", "-1"], "matrix_lr must be a positive number"),
         (["--out", __file__], "File exists"),
         (["--resume"], "no checkpoint to resume from"),
+        (["--tokenizer", "nowhere"], "tokenizer.json is missing"),
+        (["--data", "hf:a:b:c:d@"], "not of the form hf:NAME"),
     ],
 )
 def test_the_command_names_a_bad_argument(corpus, tmp_path, arguments, message):
