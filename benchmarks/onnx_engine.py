@@ -30,7 +30,8 @@ import sys
 from pathlib import Path
 from benchmarks.onnx_engine import Work
 from runtime.engine.registry import load_runner
-Work(load_runner(sys.argv[1], Path(sys.argv[2])), int(sys.argv[3])).prefill()
+work = Work(load_runner(sys.argv[1], Path(sys.argv[2])), int(sys.argv[3]))
+work.prefill()
 status = Path("/proc/self/status").read_text()
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
 """
