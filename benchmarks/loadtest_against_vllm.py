@@ -1,7 +1,8 @@
 """Whether `osp bench load` and `vllm bench serve` say the same of one server under the same load, in turns.
 
     osp serve demo --port 8000 &
-    python -m benchmarks.loadtest_against_vllm http://127.0.0.1:8000 --vllm VENV/bin/vllm --tokenizer runtime/models/demo
+    python -m benchmarks.loadtest_against_vllm http://127.0.0.1:8000 --vllm VENV/bin/vllm \\
+        --tokenizer runtime/models/demo
 
 Both send requests of the same lengths and arrivals of the same rate; the tokens are random and differ.
 """
