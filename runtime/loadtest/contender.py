@@ -82,7 +82,7 @@ class Contender:
         try:
             await self._load(load, f"repeat {number + 1} of {workload.repeats}", conversations, rate, number)
         except asyncio.CancelledError:
-            if not self.side.repeats:
+            if not self.side.repeats and any(record.succeeded for record in load.records):
                 self._add(load)  # better than nothing
             raise
         after, joules_after = await self._metrics(), self._energy.joules()
