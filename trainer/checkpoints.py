@@ -103,6 +103,13 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**model, **{key: value for key, value in settings.items() if key != "model"}}
 
 
+def seed_generators(seed: int) -> None:
+    """Sets torch's, numpy's and Python's global generators, so that all of a run's random numbers follow its seed."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of torch's, numpy's and Python's global generators, of things that `torch.load` takes for safe."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

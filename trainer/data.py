@@ -50,6 +50,9 @@ __all__ = [
 ]  # fmt: skip
 
 DATA_FORMAT = 2
+SHARD_TOKENS = 2**27
+"""Tokens in a shard: 256 MiB for vocabularies up to 65,536."""
+
 ENCODED_TOGETHER = 64
 """Documents that the tokenizer encodes at a time, in parallel."""
 
@@ -152,7 +155,7 @@ def _write(sources: Sequence[Source], directory: Path, config: TrainConfig, toke
     counts = {"train": split.documents, "held_out": split.held_out_documents}
     shards = {}
     for name, least in needed.items():
-        with ShardWriter(directory, name, dtype) as writer:
+        with ShardWriter(directory, name, dtype, SHARD_TOKENS) as writer:
             for ids in _encoded(written_documents(directory / f"{name}.jsonl"), tokenizer):
                 writer.append(ids)
         if writer.tokens < least:

@@ -20,9 +20,6 @@ from numpy.typing import NDArray
 from trainer.atomic_file import replacing
 from trainer.data_sources import DataError
 
-SHARD_TOKENS = 2**27
-"""Tokens in a shard: 256 MiB for vocabularies up to 65,536."""
-
 
 class ShardWriter:
     """Appends ids to shards; a shard appears under its name when it is whole. Used as a context manager.
@@ -32,7 +29,7 @@ class ShardWriter:
         tokens: ids so far.
     """
 
-    def __init__(self, directory: Path, name: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, directory: Path, name: str, dtype: str, shard_tokens: int) -> None:
         self.shards: list[dict[str, Any]] = []
         self.tokens = 0
         self._directory, self._name, self._dtype = directory, name, np.dtype(dtype).newbyteorder("<")

@@ -32,6 +32,7 @@ from trainer.checkpoints import (
     drop_old,
     random_state,
     read_checkpoint,
+    seed_generators,
     set_random_state,
     write_checkpoint,
 )
@@ -76,7 +77,7 @@ class Trainer:
         cls, config: TrainConfig, directory: Path, streams: TokenStreams, rank: int = 0, world_size: int = 1
     ) -> Trainer:
         """A fresh run. What shares a run among devices wraps model and optimizers here."""
-        torch.manual_seed(config.seed)
+        seed_generators(config.seed)
         model = OSPModel(config.model, config.recipe)
         guard = StepGuard(config.skip_limit)
         return cls(config, directory, streams, model, make_optimizers(model, config), guard, rank, world_size)

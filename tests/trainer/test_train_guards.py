@@ -81,13 +81,14 @@ def test_a_parameter_that_is_not_finite_itself_is_named(trainer):
 
 
 def test_the_shard_that_is_named_is_the_one_that_was_read(licence_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data_shards.SHARD_TOKENS", 500)
+    monkeypatch.setattr("trainer.data.SHARD_TOKENS", 500)
     config = replace(TINY, batch_tokens=64, skip_limit=1)
     trainer = Trainer.start(config, tmp_path, prepare([licence_corpus], tmp_path / "data", config))
     poison(trainer, {4})
     for _ in range(4):
         trainer.train_step()
     (start,) = window_starts(len(trainer.streams.train), config, 4)
+    assert start // 500 == (start + config.model.context_length) // 500
     with pytest.raises(TrainingError, match=rf"The step read train-{start // 500:05d}\.bin"):
         trainer.train_step()
 

@@ -14,7 +14,7 @@ from trainer.checkpoints import checkpoints
 from trainer.config import preset
 from trainer.train import train
 
-STEPS, EVERY = 120, 10
+STEPS, EVERY = 60, 5
 TINY = preset("tiny", steps=STEPS, checkpoint_every=EVERY)
 
 
