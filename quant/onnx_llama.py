@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from ml_dtypes import bfloat16
+from onnx import TensorProto
 
 from quant import arithmetic
 from quant.format import CheckpointReader, QuantizedWeight
@@ -132,7 +132,7 @@ class _LlamaGraph:
         lowest = graph.node("Min", graph.node("ReduceMin", x, graph.shape(-1)), zero)
         highest = graph.node("Max", graph.node("ReduceMax", x, graph.shape(-1)), zero)
         width = graph.node("Sub", graph.node("Div", highest, levels), graph.node("Div", lowest, levels))
-        width = graph.node("Cast", graph.node("Cast", width, to=np_kind(bfloat16)), to=np_kind(np.float32))
+        width = graph.node("Cast", graph.node("Cast", width, to=int(TensorProto.BFLOAT16)), to=np_kind(np.float32))
         scale = graph.node("Clip", width, tiny, largest)
         empty = graph.node("Equal", graph.node("Sub", highest, lowest), zero)
         scale = graph.node("Where", empty, graph.constant(1), scale)

@@ -107,7 +107,7 @@ class OnnxRunner:
             binding.bind_output(f"present.{name}", *place)
         self._session.run_with_iobinding(binding)
         logits_RV: Floats = binding.get_outputs()[0].numpy()
-        return logits_RV
+        return logits_RV[: len(call.logit_rows)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,8 @@ class _Call:
             "positions": self.starts[:, None] + np.arange(length),
             "last_position": last_B.astype(np.int32),
             "positions_seen": np.array(last_B.max() + 1, np.int32),
-            "logit_rows": self.logit_rows,
+            # One row if none is wanted: ONNX Runtime 1.24 cannot broadcast over none.
+            "logit_rows": self.logit_rows if len(self.logit_rows) else np.zeros(1, np.int64),
         }
 
 
