@@ -82,9 +82,9 @@ class OspConfig(QuantizationConfig):  # type: ignore[misc]
         _check_checkpoint(path.resolve())
         if self.scheme.kv_bits < 16:
             log.warning_once(
-                "The checkpoint wants keys and values in %d bits, asymmetric per token and head; vLLM has no such "
-                "cache. They are kept as --kv-cache-dtype says ('auto': in the model's number type), which costs memory, "
-                "not quality.",
+                "The checkpoint wants keys and values in %d bits, asymmetric per token and head. vLLM has no cache "
+                "like that: it keeps them as --kv-cache-dtype says ('auto': in the model's number type). That costs "
+                "memory, not quality.",
                 self.scheme.kv_bits,
             )
 
