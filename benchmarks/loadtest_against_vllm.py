@@ -1,7 +1,7 @@
 """Whether `osp bench load` and `vllm bench serve` say the same of one server under the same load, in turns.
 
     osp serve demo --port 8000 &
-    python -m benchmarks.loadtest_against_vllm http://127.0.0.1:8000 --vllm VENV/bin/vllm \\
+    python -m benchmarks.loadtest_against_vllm http://127.0.0.1:8000 --python VENV/bin/python \\
         --tokenizer runtime/models/demo
 
 Both send requests of the same lengths and arrivals of the same rate; the tokens are random and differ.
@@ -21,6 +21,16 @@ import click
 
 from benchmarks.markdown import section
 
+# What `vllm bench serve` runs. The program itself asks for a package called vllm, and CPU builds have other names.
+SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
 FIGURES = ("output_throughput", "median_ttft_ms", "mean_ttft_ms", "median_tpot_ms", "mean_tpot_ms", "median_itl_ms")
 
 
@@ -36,9 +46,9 @@ def ours(url: str, load: list[str], folder: Path) -> dict[str, Any]:
     return dict(result["A"])
 
 
-def theirs(vllm: str, url: str, load: list[str], model: str, tokenizer: str, folder: Path) -> dict[str, Any]:
+def theirs(python: str, url: str, load: list[str], model: str, tokenizer: str, folder: Path) -> dict[str, Any]:
     """The figures of `vllm bench serve`."""
-    command = [vllm, "bench", "serve", "--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions"]
+    command = [python, "-c", SERVE, "--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions"]
     command += ["--model", model, "--tokenizer", tokenizer, "--dataset-name", "random", "--ignore-eos", *load]
     command += ["--temperature", "0", "--disable-tqdm", "--save-result", "--result-dir", str(folder)]
     subprocess.run([*command, "--result-filename", "theirs.json"], stdout=subprocess.DEVNULL, check=True)
@@ -47,20 +57,20 @@ def theirs(vllm: str, url: str, load: list[str], model: str, tokenizer: str, fol
 
 @click.command()
 @click.argument("url")
-@click.option("--vllm", required=True, help="The vllm program.")
+@click.option("--python", required=True, help="Of an environment with vLLM.")
 @click.option("--model", default="demo", show_default=True, help="As the server calls it.")
 @click.option("--tokenizer", required=True, help="A directory that transformers reads a tokenizer from.")
 @click.option("--request-rate", default="4", show_default=True)
 @click.option("--num-prompts", default="80", show_default=True)
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
-def main(url: str, vllm: str, model: str, tokenizer: str, request_rate: str, num_prompts: str, rounds: int) -> None:
+def main(url: str, python: str, model: str, tokenizer: str, request_rate: str, num_prompts: str, rounds: int) -> None:
     """Print the medians of the rounds, and the median of their ratios."""
     load = ["--num-prompts", num_prompts, "--request-rate", request_rate, "--num-warmups", "4", "--seed", "0"]
     load += ["--random-input-len", "128", "--random-output-len", "64"]
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in FIGURES}
     with tempfile.TemporaryDirectory() as name:
         for _ in range(rounds):
-            a, b = ours(url, load, Path(name)), theirs(vllm, url, load, model, tokenizer, Path(name))
+            a, b = ours(url, load, Path(name)), theirs(python, url, load, model, tokenizer, Path(name))
             for figure in FIGURES:
                 rows[figure].append((a[figure], b[figure]))
     lines = {
