@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import httpx
+from served_engine import OPTIONS, START_S
 from server_process import ServerProcess, running_server
 
 
@@ -26,7 +27,7 @@ def test_pieces_of_an_answer_do_not_wait_for_acknowledgements(chat_server: Serve
 def test_tokens_that_come_at_once_share_an_event_and_none_is_lost(checkpoint: Path, server: ServerProcess) -> None:
     # The shared server sends an event a token.
     body = {"prompt": "The cat", "max_tokens": 100, "seed": 3, "ignore_eos": True, "stream": True, "logprobs": 0}
-    with running_server(str(checkpoint)) as gathering:
+    with running_server(str(checkpoint), *OPTIONS, start_s=START_S) as gathering:
         answers = [httpx.post(f"{url}/v1/completions", json=body, timeout=60) for url in (server.url, gathering.url)]
     one_by_one, gathered = (
         [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")] for answer in answers
