@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import httpx
-import psutil
 import pytest
 from server_process import EVENT_A_TOKEN, ServerProcess, osp_serve, running_server
 
-pytest.importorskip("vllm", reason="vLLM is not installed here; docs/vllm.md says how")
+pytest.importorskip("vllm.version", reason="vLLM is not installed here; docs/vllm.md says how")
+psutil = pytest.importorskip("psutil")  # vLLM brings it
 
 OPTIONS = ("demo-16bit", "--engine", "vllm", "--vllm.enforce-eager", "--vllm.max-num-seqs=16")
 BODY = {"prompt": "The history of", "max_tokens": 400, "ignore_eos": True}
@@ -55,7 +56,7 @@ def test_a_killed_engine_fails_who_waits_and_ends_the_server() -> None:
         server.log.wait_for("Error: vLLM's process has ended")
 
 
-def name(process: psutil.Process) -> str:
+def name(process: Any) -> str:
     """Its title, which vLLM sets; empty once it is gone."""
     try:
         return " ".join(process.cmdline())
