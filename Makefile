@@ -52,7 +52,7 @@ $(VLLM)/.ready: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM)/.ready ## Test the engine vllm and its plugin, in an environment of their own
-	$(VLLM)/bin/python -m pytest tests/vllm
+	$(VLLM)/bin/python -m pytest tests/on_vllm
 
 lint: $(VENV)/.dev ## ruff (rules and format), clang-format and mypy
 	$(BIN)/ruff check .

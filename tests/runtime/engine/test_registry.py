@@ -29,8 +29,8 @@ def test_an_engine_that_this_release_lacks(name: str) -> None:
 
 
 def test_vllm_is_not_imported_and_says_what_to_install(tmp_path: Path) -> None:
-    """Where it is not installed, that is; tests/vllm has the rest."""
-    if find_spec("vllm.version") is not None:  # tests/vllm is a package vllm, too
+    """Where it is not installed, that is; tests/on_vllm has the rest."""
+    if find_spec("vllm") is not None:
         pytest.skip("vLLM is installed here")
     with pytest.raises(VllmUnavailableError, match=r"pip install 'osp-runtime\[vllm\]'"):
         load_engine("vllm", tmp_path)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from server_process import EVENT_A_TOKEN, ServerProcess, osp_serve, running_server
 
-pytest.importorskip("vllm.version", reason="vLLM is not installed here; docs/vllm.md says how")
+pytest.importorskip("vllm", reason="vLLM is not installed here; docs/vllm.md says how")
 psutil = pytest.importorskip("psutil")  # vLLM brings it
 
 OPTIONS = ("demo-16bit", "--engine", "vllm", "--vllm.enforce-eager", "--vllm.max-num-seqs=16")
