@@ -47,7 +47,7 @@ FROM ${VLLM_IMAGE} AS gpu
 COPY --from=build-gpu /wheel /wheel
 RUN python3 -m pip list --format=freeze > /tmp/constraints.txt \
     && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt /wheel/*.whl \
-    && rm -r /wheel /tmp/constraints.txt && install -d -o 10001 -g 10001 /cache
+    && rm -r /wheel /tmp/constraints.txt && install -d -o 10001 -g 10001 /cache /models
 ENV OSP_HOST=0.0.0.0 PYTHONUNBUFFERED=1 HOME=/cache HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton VLLM_CACHE_ROOT=/cache/vllm
 LABEL org.opencontainers.image.title="osp-runtime (gpu)" org.opencontainers.image.licenses="Apache-2.0"
@@ -73,7 +73,7 @@ FROM ${JETSON_IMAGE} AS jetson
 COPY --from=build-jetson /wheel /wheel
 RUN python3 -m pip list --format=freeze > /tmp/constraints.txt \
     && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt /wheel/*.whl \
-    && rm -r /wheel /tmp/constraints.txt && install -d -o 10001 -g 10001 /cache
+    && rm -r /wheel /tmp/constraints.txt && install -d -o 10001 -g 10001 /cache /models
 ENV OSP_HOST=0.0.0.0 PYTHONUNBUFFERED=1 HOME=/cache HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton VLLM_CACHE_ROOT=/cache/vllm
 LABEL org.opencontainers.image.title="osp-runtime (jetson)" org.opencontainers.image.licenses="Apache-2.0"
@@ -99,7 +99,7 @@ ENTRYPOINT ["osp", "bench", "load"]
 # The server: native and ONNX engines, no torch; the last target is the default.
 FROM ${PYTHON_IMAGE} AS cpu
 COPY --from=build /opt/osp /opt/osp
-RUN install -d -o 10001 -g 10001 /cache
+RUN install -d -o 10001 -g 10001 /cache /models
 # The root file system may be read-only: what is downloaded goes to /cache.
 ENV PATH=/opt/osp/bin:$PATH OSP_HOST=0.0.0.0 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/cache HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache

@@ -1,4 +1,4 @@
-"""Debian's Prometheus scrapes a running server with the rules of deploy/: no panel and no alert asks for what is not there."""
+"""A Prometheus scrapes a running server with the rules of deploy/: no panel and no alert asks for what is not there."""
 
 from __future__ import annotations
 
