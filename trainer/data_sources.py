@@ -109,11 +109,8 @@ class DatasetSource:
             raise TextError(f"{self.name}: cannot be read ({error})") from None
 
     def entry(self) -> dict[str, Any]:
-        hub_name, _, _ = self._parts()
-        revision = None
-        if not Path(hub_name).exists():
-            revision = _optional("huggingface_hub", self.name).dataset_info(hub_name).sha
-        return {"dataset": self.name, "revision": revision}
+        self._parts()  # a mistake in the spelling shows before anything is written
+        return {"dataset": self.name}
 
     def difference(self, entry: dict[str, Any]) -> str | None:
         # Its rows lie in the token shards; where the hub has moved on meanwhile, the run has not.

@@ -1,6 +1,7 @@
 """Divides a corpus into documents to train on and documents to hold out, as JSON lines on disk.
 
-Documents pass through one at a time, so that a corpus may be larger than memory; only the longest must fit.
+Documents pass through one at a time, so that a corpus may be larger than memory; only those chosen for calibration are
+kept together.
 """
 
 from __future__ import annotations

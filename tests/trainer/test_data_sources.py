@@ -65,9 +65,11 @@ def test_datasets_are_streamed(tmp_path):
     assert documents(f"hf:{tmp_path}") == TEXTS
     assert documents(f"hf:{tmp_path}@test") == ["the test split"]
     (source,) = find_sources([f"hf:{tmp_path}"])
-    assert source.entry() == {"dataset": f"hf:{tmp_path}", "revision": None}
+    assert source.entry() == {"dataset": f"hf:{tmp_path}"}
     with pytest.raises(TextError, match="nowhere"):
         documents(f"hf:{tmp_path}@nowhere")
+    with pytest.raises(TextError, match=r"hf:.*/not-there: cannot be read"):
+        documents(f"hf:{tmp_path}/not-there")
 
 
 def test_a_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch):
