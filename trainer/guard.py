@@ -59,7 +59,7 @@ def first_bad_parameter(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"The gradient of {name} is not finite"
-    return "Every parameter and gradient is finite, the loss is not"
+    return "Every parameter and every gradient is finite"
 
 
 @contextmanager

@@ -158,13 +158,15 @@ class Trainer:
         length, stream = self.config.model.context_length, self.streams.train
         starts = window_starts(len(stream), self.config, self.step, self.rank, self.world_size)
         shards = sorted({file for start in starts for file in stream.files_of(start, start + length + 1)})
-        found = checkpoints(self.directory)
-        safe = f"{found[-1]} is untouched: --resume with" if found else "There is no checkpoint yet: start with"
         return (
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {self.guard.in_a_row} steps in a row had to be "
-            f"skipped. {first_bad_parameter(self.model)}. The step read {', '.join(shards)}. {safe} a lower "
-            "--matrix-lr and --embedding-lr"
+            f"skipped. {first_bad_parameter(self.model)}. The step read {', '.join(shards)}. {self._way_back()}"
         )
+
+    def _way_back(self) -> str:
+        found = checkpoints(self.directory)
+        start = f"{found[-1]} is untouched: --resume with" if found else "There is no checkpoint yet: start with"
+        return f"{start} a lower --matrix-lr and --embedding-lr"
 
     def _loss(self, windows_BL: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.autocast):
@@ -190,8 +192,13 @@ class Trainer:
         """Writes a checkpoint, and drops all but the newest `config.keep_checkpoints` and the best.
 
         Raises:
-            TrainingError: it could not be written; the others are as they were.
+            TrainingError: it could not be written, or the loss is NaN and so is the model; the others are as they were.
         """
+        if math.isnan(held_out_loss):
+            raise TrainingError(
+                f"step {self.step}: the held-out loss is NaN, so that nothing is saved. "
+                f"{first_bad_parameter(self.model)}. {self._way_back()}"
+            )
         best = {"step": self.step, "held_out_loss": held_out_loss}
         if held_out_loss < self.best.get("held_out_loss", math.inf):
             self.best = best

@@ -80,6 +80,19 @@ def test_a_parameter_that_is_not_finite_itself_is_named(trainer):
         assert torch.equal(old.nan_to_num(7), new.nan_to_num(7))
 
 
+def test_a_model_that_is_not_finite_takes_no_checkpoints_place(trainer, tmp_path):
+    trainer.save(5.0)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "checkpoints").iterdir()}
+    with torch.no_grad():
+        trainer.model.norm.scale.fill_(float("nan"))
+    trainer.step = 8
+    with pytest.raises(
+        TrainingError, match=r"step 8: the held-out loss is NaN.*Parameter norm\.scale.*00000000\.pt is untouch"
+    ):
+        trainer.save(trainer.evaluate()["held_out_loss"])
+    assert {file.name: file.read_bytes() for file in (tmp_path / "checkpoints").iterdir()} == before
+
+
 def test_the_shard_that_is_named_is_the_one_that_was_read(licence_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.SHARD_TOKENS", 500)
     config = replace(TINY, batch_tokens=64, skip_limit=1)
