@@ -12,7 +12,7 @@ CMAKE := $(BIN)/cmake
 CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fuzz test-lowest test-vllm lint format setup native bench corpus demo-model demo-twin materials \
+.PHONY: help serve test test-fuzz test-images test-lowest test-vllm lint format setup native bench corpus demo-model demo-twin materials \
 	quantization-table loadtest-demo clean
 
 help: ## This list
@@ -53,6 +53,9 @@ $(VLLM)/.ready: pyproject.toml
 
 test-vllm: $(VLLM)/.ready ## Test the engine vllm and its plugin, in an environment of their own
 	$(VLLM)/bin/python -m pytest tests/on_vllm
+
+test-images: ## Build the images without Docker and try them; as root, with buildah and debootstrap (IMAGES: what to build)
+	$(PYTHON) deploy/check_images.py $(IMAGES)
 
 lint: $(VENV)/.dev ## ruff (rules and format), clang-format and mypy
 	$(BIN)/ruff check .
