@@ -20,7 +20,7 @@ from runtime.loadtest.result import Repeat, Side
 from runtime.loadtest.server_metrics import RESIDENT, MetricsPage, compare_metrics, read_metrics
 from runtime.loadtest.server_process import ServerProcess
 from runtime.loadtest.sweep import Sweep, max_rate_at_slo, saturation
-from runtime.loadtest.validity import invalid_load, invalid_side
+from runtime.loadtest.validity import invalid_generator, invalid_repeat, invalid_side
 from runtime.loadtest.workload import Conversation, Workload, total_requests
 
 WARM_UP, SWEEP = 1_000_000, 2_000_000
@@ -112,7 +112,8 @@ class Contender:
             conversations = self._workload.conversations(self._vocab_size, SWEEP, count)
             load = Load()
             await self._load(load, f"sweep, {rate:.3g} requests/s", conversations, rate, SWEEP)
-            self._check(load)
+            self._require_answers(load)
+            self.invalid_reasons += invalid_generator(self.letter, load)
             return figures(load.records, load.duration_s, self._workload.slo)
 
         sweep = Sweep(measure, self._workload.slo)
@@ -148,19 +149,19 @@ class Contender:
             await generator.run(load, conversations, due_N, limit, closed_loop=rate is None)
 
     def _add(self, load: Load) -> None:
-        self._check(load)
+        self._require_answers(load)
+        self.invalid_reasons += invalid_repeat(self.letter, load)
         side = self.side
         side.cpu_share = max(side.cpu_share, load.cpu_share)
         side.loop_lag_p99_ms = max(side.loop_lag_p99_ms, load.loop_lag_p99_ms)
         side.repeats.append(Repeat(figures(load.records, load.duration_s, self._workload.slo), samples(load.records)))
 
-    def _check(self, load: Load) -> None:
+    def _require_answers(self, load: Load) -> None:
         if load.records and not any(record.succeeded for record in load.records):
             raise EndpointError(
                 f"{self.letter} ({self.endpoint.url}): all {len(load.records)} requests failed; the first: "
                 f"{load.errors[0]}"
             )
-        self.invalid_reasons += invalid_load(self.letter, load)
 
     async def _metrics(self) -> MetricsPage | None:
         return await read_metrics(self.session, self.endpoint.root, self.endpoint.model)

@@ -119,6 +119,6 @@ def _method(result: Result) -> list[str]:
         "a request over its further tokens. ITL: each gap between two pieces of an answer. E2EL: the whole request. "
         "Goodput counts the requests that keep every limit of the SLO.",
         *([swept] if sweep_charts(result) else []),
-        "A run is not valid if the client may have been the bottleneck, if requests failed or were cut short, or if "
-        "client and server count differently.",
+        "A run is not valid if the client may have been the bottleneck, if requests of the repeats failed or were cut "
+        "short, or if client and server count differently.",
     ]

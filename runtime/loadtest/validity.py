@@ -15,8 +15,8 @@ MOST_LAG_MS = 20.0
 """99th percentile of the generator's lag; a larger one is in the latencies that it reports."""
 
 
-def invalid_load(name: str, load: Load) -> Iterator[str]:
-    """What is wrong with one load."""
+def invalid_generator(name: str, load: Load) -> Iterator[str]:
+    """What is wrong with one load on the client's side."""
     if load.cpu_share > MOST_CPU_SHARE:
         yield f"{name}: the generator used {load.cpu_share:.2f} of its core, so that it may have been the bottleneck"
     if load.loop_lag_p99_ms > MOST_LAG_MS:
@@ -24,6 +24,11 @@ def invalid_load(name: str, load: Load) -> Iterator[str]:
             f"{name}: the generator was late by {load.loop_lag_p99_ms:.0f} ms (p99), which is in all latencies; "
             "give it a core of its own, or another machine"
         )
+
+
+def invalid_repeat(name: str, load: Load) -> Iterator[str]:
+    """What is wrong with the load of a repeat. In a sweep requests may fail: that is how a saturated server refuses."""
+    yield from invalid_generator(name, load)
     if load.errors:
         yield f"{name}: {len(load.errors)} of {len(load.records)} requests failed; the first: {load.errors[0]}"
 

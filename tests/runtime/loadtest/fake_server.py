@@ -21,6 +21,7 @@ class FakeServer:
         key: without which the answer is 401.
         whole: the answer to every completion, at once and as a whole, in place of a stream.
         closes_after: after so many requests every other one is cut off.
+        room: for so many requests at a time; one more gets a 503.
         bodies, most_at_once: what was asked, and how many requests were under way at the busiest moment.
         first_written_s: when the first token of each answer was written, in the order in which they were asked for.
     """
@@ -34,6 +35,7 @@ class FakeServer:
     stalls: tuple[float, float] = (0.0, 0.0)
     whole: dict[str, Any] | None = None
     closes_after: int | None = None
+    room: int = 1_000_000
     bodies: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
     first_written_s: list[float] = field(default_factory=list)
@@ -81,6 +83,9 @@ class FakeServer:
         self.bodies.append(body)
         if self.closes_after is not None and len(self.bodies) > self.closes_after:
             writer.transport.abort()
+            return
+        if self._now >= self.room:
+            self._answer(writer, 503, {"error": {"message": "too many requests", "code": "queue_full"}})
             return
         order = len(self.first_written_s)
         self.first_written_s.append(0.0)

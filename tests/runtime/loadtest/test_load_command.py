@@ -128,6 +128,18 @@ def test_one_url_in_an_open_loop(tmp_path: Path) -> None:
     assert result["quality"]["unavailable"]
 
 
+def test_a_sweep_goes_to_where_the_server_refuses_and_is_valid_all_the_same(tmp_path: Path) -> None:
+    limits = ("--max-concurrency", "2", "--repeats", "1", "--sweep-seconds", "1.5", "--goodput", "ttft:60000")
+    with in_background(FakeServer(first_s=0.2, room=3)) as url:
+        _, out, _ = run(url, *SMALL, *limits, "--json", "--out", str(tmp_path))
+
+    result = json.loads(out)
+    refusing = [point for point in result["A"]["sweep"] if point["failed"]]
+    assert refusing
+    assert not any(point["meets_slo"] for point in refusing)
+    assert not any("failed" in reason for reason in result["invalid_reasons"])
+
+
 def test_answers_of_another_length_make_the_run_invalid(tmp_path: Path) -> None:
     with in_background(FakeServer(tokens=3)) as url:
         code, out, _ = run(url, *SMALL, "--repeats", "1", "--sweep-seconds", "0", "--json", "--out", str(tmp_path))
