@@ -129,8 +129,8 @@ quantization-table: materials ## Measure the tables of docs/quantization.md, aft
 
 loadtest-demo: corpus $(VENV)/.native ## Load the demo model in 4 and in 16 bits, and write docs/loadtest-demo
 	$(BIN)/python -m benchmarks.demo_held_out $(BUILD)/corpus $(BUILD)/loadtest
-	$(BIN)/osp bench load demo demo-16bit --sweep-seconds 10 --quality-data $(BUILD)/loadtest/held_out.jsonl \
-		--out $(BUILD)/loadtest/demo
+	$(BIN)/osp bench load demo demo-16bit --num-prompts 500 --repeats 5 --sweep-seconds 10 \
+		--quality-data $(BUILD)/loadtest/held_out.jsonl --out $(BUILD)/loadtest/demo
 	mkdir -p docs/loadtest-demo
 	cp $(BUILD)/loadtest/demo/report.html $(BUILD)/loadtest/demo/report.md docs/loadtest-demo
 
