@@ -1,7 +1,7 @@
 """Writes a checkpoint of random weights in the shape of a preset: to load and to serve, not to read.
 
 python -m benchmarks.random_checkpoint build/random-1.4b --shape 1.4b
-python -m benchmarks.random_checkpoint build/random-1.4b-bf16 --shape 1.4b --precision bf16
+python -m benchmarks.random_checkpoint build/random-1.4b-bf16 --shape 1.4b --precision bfloat16
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from quant.format import EMBEDDING, sha256, stored_tensors, write_json, write_quantized
 from quant.llama import LlamaConfig
-from quant.scheme import LinearScheme, Scheme
+from quant.scheme import LinearScheme, Scheme, SchemeError
 from quant.weights import QuantizedLinear, QuantizedWeight
 from runtime.bench.precision import DEFAULT_PRECISION, scheme_of
 from runtime.bench.random_model import INPUT_SCALE, random_scales
@@ -121,6 +121,8 @@ def main(out: Path, shape: str, precision: str) -> None:
         write_random_checkpoint(out, SHAPES[shape], scheme_of(precision))
     except FileExistsError:
         raise click.ClickException(f"{out} exists already") from None
+    except SchemeError as error:
+        raise click.BadParameter(str(error), param_hint="--precision") from None
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def build(target: str, volumes: list[str]) -> str:
     name = f"localhost/osp-runtime:{target}"
     bases = [f"{image}={STAND_IN}" for image in ("PYTHON_IMAGE", "VLLM_IMAGE", "JETSON_IMAGE")]
     options = [*(o for base in bases for o in ("--build-arg", base)), *(o for v in volumes for o in ("--volume", v))]
-    buildah("bud", "--pull-never", "--network=host", "--layers", "--target", target, *options, "-t", name, str(ROOT))
+    # Docker's format: the other one has no HEALTHCHECK.
+    form = ("--format=docker", "--pull-never", "--network=host", "--layers")
+    buildah("bud", *form, "--target", target, *options, "-t", name, str(ROOT))
     return name
 
 
@@ -229,10 +231,8 @@ def check_cpu(image: str, model: Path) -> None:
             with urllib.request.urlopen(f"{server.url}/metrics") as response:
                 require('engine="native"' in response.read().decode(), "by the native engine")
             inside = Path(f"/proc/{server.pid}/root")
-            mounts = Path(f"/proc/{server.pid}/mountinfo").read_text("utf-8").splitlines()
-            require(
-                any(line.split()[4] == "/" and line.split()[5].startswith("ro") for line in mounts), "/ is read-only"
-            )
+            for name in ("", "models"):
+                require(is_read_only(inside / name), f"/{name} is read-only")
             require((inside / "cache").stat().st_uid == 10001, "/cache is the user's")
             check_drain(server)
         finally:
