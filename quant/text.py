@@ -59,8 +59,8 @@ def read_documents(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
     """
     empty = True
     for path in paths:
-        for file in _files(Path(path)):
-            for document in _documents(file):
+        for file in text_files(Path(path)):
+            for document in file_documents(file):
                 if document.strip():
                     empty = False
                     yield document
@@ -77,29 +77,35 @@ def windows(documents: Iterable[list[int]], context_length: int) -> Iterator[lis
                 yield window
 
 
-def _files(path: Path) -> list[Path]:
+def text_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The file `path`, or the files in the directory `path`, at any depth, in sorted order.
+
+    Raises:
+        TextError: it is missing, of another kind, or a directory without such a file.
+    """
     try:
-        return _found(path)
+        return _found(path, suffixes)
     except OSError as error:  # a name too long, a directory on the way that may not be entered
         raise TextError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _found(path: Path) -> list[Path]:
+def _found(path: Path, suffixes: Sequence[str]) -> list[Path]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
         if not files:
-            raise TextError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
+            raise TextError(f"{path}: no {', '.join(suffixes)} file in this directory")
         return files
     if not path.exists():
         raise TextError(f"{path}: no such file or directory")
-    if path.suffix not in SUFFIXES:
-        raise TextError(f"{path}: not a text file this program reads ({', '.join(SUFFIXES)})")
+    if path.suffix not in suffixes:
+        raise TextError(f"{path}: not a text file this program reads ({', '.join(suffixes)})")
     if not path.is_file():  # opening a pipe would wait for ever
         raise TextError(f"{path}: not a file")
     return [path]
 
 
-def _documents(file: Path) -> Iterator[str]:
+def file_documents(file: Path) -> Iterator[str]:
+    """The documents of one file; errors as `read_documents`, but that it may have none."""
     if file.suffix == ".jsonl":
         for where, record in json_lines(file):
             yield text_field(where, record, "text")

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from quant.format import sha256
 from quant.text import SUFFIXES as TEXT_SUFFIXES
-from quant.text import TextError, json_lines, text_field
+from quant.text import TextError, file_documents, text_field, text_files
 
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 PARQUET_ROWS = 256
@@ -67,13 +67,8 @@ class FileSource:
     name: str
 
     def documents(self) -> Iterator[str]:
-        if self.path.suffix == ".jsonl":
-            for where, record in json_lines(self.path):
-                yield text_field(where, record, "text")
-        elif self.path.suffix == ".parquet":
-            yield from _parquet_documents(self.path)
-        else:
-            yield _text(self.path)
+        read = _parquet_documents if self.path.suffix == ".parquet" else file_documents
+        yield from read(self.path)
 
     def entry(self) -> dict[str, Any]:
         status = self.path.stat()
@@ -153,30 +148,9 @@ def differences(recorded: Sequence[dict[str, Any]], found: Sequence[Source]) -> 
 
 
 def _files(path: Path) -> list[FileSource]:
-    try:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-            if not files:
-                raise TextError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
-            return [FileSource(file, file.relative_to(path).as_posix()) for file in files]
-        if not path.exists():
-            raise TextError(f"{path}: no such file or directory")
-        if path.suffix not in SUFFIXES:
-            raise TextError(f"{path}: not a text file this program reads ({', '.join(SUFFIXES)})")
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise TextError(f"{path}: not a file")
-    except OSError as error:  # a name too long, a directory on the way that may not be entered
-        raise TextError(f"{path}: cannot be read ({error.strerror})") from None
-    return [FileSource(path, path.name)]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise TextError(f"{file}: cannot be read ({error.strerror})") from None
+    files = text_files(path, SUFFIXES)
+    root = path if path.is_dir() else path.parent
+    return [FileSource(file, file.relative_to(root).as_posix()) for file in files]
 
 
 def _parquet_documents(file: Path) -> Iterator[str]:

@@ -139,7 +139,7 @@ def test_resuming_reads_no_text_that_is_unchanged(licence_corpus, tmp_path, monk
     def refuse(*_):
         raise AssertionError("the corpus was read again")
 
-    for name in ("json_lines", "_text", "sha256"):
+    for name in ("file_documents", "sha256"):
         monkeypatch.setattr(f"trainer.data_sources.{name}", refuse)
     again = prepare([licence_corpus], tmp_path / "data", preset("tiny"), resume=True)
     np.testing.assert_array_equal(again.train[:], first.train[:])
