@@ -113,9 +113,10 @@ class Mailroom:
             if stream.ends_with(event):
                 over.add(stream)
         for loop, letter in letters.items():
-            round_ = self._rounds.setdefault(loop, _Round(self._interval_s))
+            if loop not in self._rounds:
+                self._rounds[loop] = _Round(self._interval_s)
             try:
-                round_.add(loop, letter, urgent=loop in urgent)
+                self._rounds[loop].add(loop, letter, urgent=loop in urgent)
             except RuntimeError:
                 over.update(stream for stream, _ in letter)
         return over
