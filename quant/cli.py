@@ -123,7 +123,7 @@ def quantize(
     """
     from quant.convert import quantize_checkpoint
     from quant.finish import tune_and_quantize
-    from quant.tuning import TuneSettings, TuningError
+    from quant.tune_settings import TuneSettings, TuningError
 
     if bool(tune_steps) != bool(data):
         raise click.UsageError("--tune-steps and --data go together: how long to tune, and on what")

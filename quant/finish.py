@@ -15,7 +15,8 @@ from quant.files import write_json
 from quant.format import read_provenance
 from quant.partial import RUN_FILE, file_identity, require_same, source_files
 from quant.scheme import Scheme
-from quant.tuning import TuneSettings, require_tunable, tune
+from quant.tune_settings import TuneSettings
+from quant.tuning import require_tunable, tune
 from quant.tuning_text import TuningText
 
 

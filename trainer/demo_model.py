@@ -14,7 +14,7 @@ from typing import Any
 from quant.finish import tune_and_quantize
 from quant.format import read_config, read_provenance, write_json
 from quant.scheme import named
-from quant.tuning import TuneSettings
+from quant.tune_settings import TuneSettings
 
 MODELS = Path(__file__).parents[1] / "runtime" / "models"
 

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from runtime.engine.base import (
     DrainingError,
@@ -68,16 +67,13 @@ class LocalEngine:
         """See `Engine.generate`."""
         check_request(request, self.info)
         stream = self._submit(request)
-        unfinished, silent = request.n, set(range(request.n))
+        unfinished = request.n
         try:
             while unfinished:
                 event = await stream.next()
                 if isinstance(event, Exception):
                     raise event
                 unfinished -= event.finish_reason is not None
-                if event.index in silent:
-                    silent.remove(event.index)
-                    event = replace(event, queued_s=stream.queued_s)
                 yield event
         finally:
             # Without effect after a last event. Otherwise the client has closed the iterator or was cancelled.

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from runtime.engine.base import FinishReason, TokenChunk
@@ -22,20 +23,28 @@ Event = TokenChunk | Exception
 ABORT = FinishReason.ABORT
 
 
-class Stream:
-    """What one request has to hear. Belongs to the event loop in which it was made.
+class Letter(NamedTuple):
+    """An event on its way.
 
     Attributes:
-        queued_s: seconds until the request's first step; 0 before it.
+        urgent: an error, or a sequence's first or last chunk.
+        last: an error, or the end of the last sequence.
     """
+
+    event: Event
+    urgent: bool
+    last: bool
+
+
+class Stream:
+    """What one request has to hear. Belongs to the event loop in which it was made."""
 
     def __init__(self, request_id: str, sequences: int, *, gathers: bool) -> None:
         self.request_id = request_id
-        self.queued_s = 0.0
         self._gathers = gathers
         self.loop = asyncio.get_running_loop()
         self._submitted = time.monotonic()
-        self._scheduled = False
+        self._queued_s = 0.0  # until the first step; 0 before it
         self._unfinished = sequences
         self._silent = set(range(sequences))
         self._events: deque[Event] = deque()
@@ -66,24 +75,19 @@ class Stream:
 
     def scheduled(self) -> None:
         """The request is part of a step that is about to begin."""
-        if not self._scheduled:
-            self._scheduled = True
-            self.queued_s = time.monotonic() - self._submitted
+        if not self._queued_s:
+            self._queued_s = time.monotonic() - self._submitted
 
-    def is_urgent(self, event: Event) -> bool:
-        """Whether an event, which is about to be sent, is an error, or a sequence's first or last."""
+    def letter(self, event: Event) -> Letter:
+        """An event as it is about to be sent: a sequence's first chunk learns how long the request had to wait."""
         if isinstance(event, Exception):
-            return True
-        first = event.index in self._silent
-        self._silent.discard(event.index)
-        return first or event.finish_reason is not None
-
-    def ends_with(self, event: Event) -> bool:
-        """Whether an event, which is about to be sent, is the last: an error, or the end of the last sequence."""
-        if isinstance(event, Exception):
-            return True
-        self._unfinished -= event.finish_reason is not None
-        return not self._unfinished
+            return Letter(event, urgent=True, last=True)
+        first, ends = event.index in self._silent, event.finish_reason is not None
+        if first:
+            self._silent.remove(event.index)
+            event = replace(event, queued_s=self._queued_s)
+        self._unfinished -= ends
+        return Letter(event, urgent=first or ends, last=not self._unfinished)
 
 
 class Mailroom:
@@ -104,21 +108,22 @@ class Mailroom:
         Over is a stream that has had its last event, or whose event loop is closed, so that nobody listens any more.
         """
         over = set[Stream]()
-        letters: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
+        mail: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
         urgent = set[asyncio.AbstractEventLoop]()
         for stream, event in events:
-            letters.setdefault(stream.loop, []).append((stream, event))
-            if stream.is_urgent(event):
+            letter = stream.letter(event)
+            mail.setdefault(stream.loop, []).append((stream, letter.event))
+            if letter.urgent:
                 urgent.add(stream.loop)
-            if stream.ends_with(event):
+            if letter.last:
                 over.add(stream)
-        for loop, letter in letters.items():
+        for loop, delivery in mail.items():
             if loop not in self._rounds:
                 self._rounds[loop] = _Round(self._interval_s)
             try:
-                self._rounds[loop].add(loop, letter, urgent=loop in urgent)
+                self._rounds[loop].add(loop, delivery, urgent=loop in urgent)
             except RuntimeError:
-                over.update(stream for stream, _ in letter)
+                over.update(stream for stream, _ in delivery)
         return over
 
 
@@ -132,10 +137,10 @@ class _Round:
         self._expected = False  # a delivery is under way to the loop, or its timer runs
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, loop: asyncio.AbstractEventLoop, letter: list[tuple[Stream, Event]], *, urgent: bool) -> None:
+    def add(self, loop: asyncio.AbstractEventLoop, delivery: list[tuple[Stream, Event]], *, urgent: bool) -> None:
         """Raises RuntimeError if the loop is closed."""
         with self._lock:
-            self._mail += letter
+            self._mail += delivery
             wake = urgent or not self._expected
             self._expected = True
         if wake:

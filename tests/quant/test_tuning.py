@@ -19,8 +19,8 @@ from quant.model import load_model
 from quant.scheme import SchemeError, named
 from quant.text import TextError
 from quant.trainable import LearnedScale
+from quant.tune_settings import TuneSettings, TuningError
 from quant.tuned_scales import read_scales
-from quant.tuning import TuneSettings, TuningError
 from quant.tuning_text import TuningText
 
 SCHEME = named("w4a4").changed(hadamard="ffn", kv_bits=4)
