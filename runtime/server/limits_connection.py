@@ -12,10 +12,16 @@ import sys
 from typing import Any
 
 import h11
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from runtime.server.auth import PROBES
 from runtime.server.errors import RETRY_SOON, ApiError
 from runtime.server.settings import ServerSettings
+
+WATCHERS = 16
+"""So many connections beyond the limit are asked what they want: who watches the server is answered even then."""
 
 LINGER_S = 1.0
 """For so long what a refused client still sends is read and dropped. Closed at once, it might miss the answer."""
@@ -29,6 +35,8 @@ class BoundedProtocol(H11Protocol):
         self._read_timeout = settings.read_timeout
         self._write_timeout = settings.write_timeout
         self._max_connections = settings.max_connections
+        message = f"the server has {self._max_connections} connections, and takes no more"
+        self._too_many = ApiError(503, message, code="too_many_connections", headers=RETRY_SOON)
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._refused = False
@@ -36,10 +44,12 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected, and owes a request."""
         super().connection_made(transport)
-        if len(self.connections) > self._max_connections:
-            message = f"the server has {self._max_connections} connections, and takes no more"
-            self._refuse(ApiError(503, message, code="too_many_connections", headers=RETRY_SOON))
+        beyond = len(self.connections) - self._max_connections
+        if beyond > WATCHERS:
+            self._refuse(self._too_many)
             return
+        if beyond > 0:
+            self.app = self._answer_watchers
         self._await_request()
 
     def data_received(self, data: bytes) -> None:
@@ -87,6 +97,16 @@ class BoundedProtocol(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self._refused = True
         self.loop.call_later(LINGER_S, self.transport.close)
+
+    async def _answer_watchers(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application for a connection beyond the limit."""
+        if scope["path"] in PROBES | {"/metrics"}:
+            await self.config.loaded_app(scope, receive, send)
+            return
+        while (await receive()).get("more_body", False):  # a client that is cut off while it sends misses the answer
+            pass
+        headers = {**self._too_many.headers, "Connection": "close"}
+        await JSONResponse(self._too_many.body(), self._too_many.status, headers)(scope, receive, send)
 
     def _await_request(self) -> None:
         if self._reading is None:

@@ -120,7 +120,10 @@ class ServerSettings(BaseSettings):
 
     # Below the 1,024 files that a process may usually have open.
     max_connections: int = _setting(
-        "Limits", 1000, "Connections at a time; whoever opens another is answered with 503.", ge=1
+        "Limits",
+        1000,
+        "Connections at a time; others are answered with 503, but for 16 that ask for health or metrics.",
+        ge=1,
     )
     max_waiting: int = _setting(
         "Limits", 256, "Sequences that may wait to be run; beyond them the answer is 503.", ge=1
