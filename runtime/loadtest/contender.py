@@ -11,10 +11,10 @@ import numpy as np
 
 from runtime.loadtest.arrivals import arrival_times
 from runtime.loadtest.endpoint import Endpoint, EndpointError
-from runtime.loadtest.energy import EnergyMeter
+from runtime.loadtest.energy import EnergyMeter, rapl_zones
 from runtime.loadtest.figures import Figures, figures, samples
 from runtime.loadtest.generator import Load, LoadGenerator
-from runtime.loadtest.gpu import gpu_memory_MB
+from runtime.loadtest.gpu import find_gpus, gpu_memory_MB
 from runtime.loadtest.progress import Progress
 from runtime.loadtest.result import Repeat, Side
 from runtime.loadtest.server_metrics import RESIDENT, MetricsPage, compare_metrics, read_metrics
@@ -50,12 +50,15 @@ class Contender:
         workload: Workload,
         vocab_size: int,
         progress: Progress,
+        *,
+        counts_energy: bool,
     ) -> None:
         """
         Args:
             target: as the user gave it.
             process: of the server, if this program has started it.
             vocab_size: prompts of random tokens have ids below it.
+            counts_energy: the server is on this machine, and no other one is under load meanwhile.
         """
         self.letter, self.endpoint, self.session = letter, endpoint, session
         self.invalid_reasons: list[str] = []
@@ -64,7 +67,9 @@ class Contender:
             self.side.kernel, self.side.threads = process.kernel, process.threads
             self.side.load_seconds, self.side.weight_bytes = process.load_seconds, process.weight_bytes
         self._process, self._workload, self._vocab_size, self._progress = process, workload, vocab_size, progress
-        self._energy = EnergyMeter()
+        self._gpus = find_gpus()
+        self._energy = EnergyMeter([*rapl_zones(), *self._gpus] if counts_energy else [])
+        self.side.energy_sources = self._energy.sources
         self._joules, self._tokens_of_joules = 0.0, 0
 
     async def repeat(self, number: int) -> None:
@@ -173,4 +178,4 @@ class Contender:
         if rss_MB is None and resident is not None:
             rss_MB = resident / 1e6
         side.peak_rss_MB = max((seen for seen in (side.peak_rss_MB, rss_MB) if seen is not None), default=None)
-        side.gpu_memory_MB = gpu_memory_MB(self._process.pid) if self._process else None
+        side.gpu_memory_MB = gpu_memory_MB(self._gpus, self._process.pid) if self._process else None

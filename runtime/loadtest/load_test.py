@@ -13,6 +13,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from quant.text import read_documents
 from runtime.loadtest.contender import Contender
@@ -30,6 +31,7 @@ UNKNOWN_VOCABULARY = 1000
 """Random ids lie below it where no server says how large its vocabulary is: every one is larger."""
 
 MOST_DOCUMENTS = 100_000
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 Placement = Literal["alternate", "halves"]
 
@@ -50,6 +52,11 @@ class Target:
     def is_url(self) -> bool:
         """Whether a server is there already."""
         return self.name.startswith(("http://", "https://"))
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the server is on this machine."""
+        return not self.is_url or urlsplit(self.name).hostname in LOOPBACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +164,15 @@ class LoadTest:
         ):
             self._contenders.append(
                 Contender(
-                    letter, target.name, endpoint, session, process, settings.workload, vocab_size, self._progress
+                    letter,
+                    target.name,
+                    endpoint,
+                    session,
+                    process,
+                    settings.workload,
+                    vocab_size,
+                    self._progress,
+                    counts_energy=target.is_here and settings.placement == "alternate",
                 )
             )
 

@@ -234,8 +234,8 @@ def checks(result: Result) -> Table:
 def served(result: Result) -> Table:
     """What was loaded, side by side."""
     measured = sides(result)
-    keys = ("target", "url", "engine", "precision", "kernel", "threads")
-    names = ("Target", "URL", "Engine", "Precision", "Kernel", "Threads")
+    keys = ("target", "url", "engine", "precision", "kernel", "threads", "energy_sources")
+    names = ("Target", "URL", "Engine", "Precision", "Kernel", "Threads", "Energy of")
     rows = (
         _row(name, *(_plain(side.get(key)) for side in measured.values()))
         for key, name in zip(keys, names, strict=True)

@@ -85,7 +85,7 @@ class Side:
         load_seconds: from the start of the process until it answers that it is ready.
         peak_rss_MB, gpu_memory_MB: of the server, 10^6 bytes.
         weight_bytes: size of the weight files.
-        energy_J_per_token: of processor packages and memory, of the repeats, a token that came out.
+        energy_J_per_token: of the whole machine, of the repeats, a token that came out; energy_sources: what is in it.
         cpu_share: of one core that the generator used, the highest of the repeats; 1 is all of it.
         loop_lag_p99_ms: how late the generator's event loop ran what was due, the highest of the repeats.
     """
@@ -102,6 +102,7 @@ class Side:
     gpu_memory_MB: float | None = None  # noqa: N815
     weight_bytes: int | None = None
     energy_J_per_token: float | None = None  # noqa: N815
+    energy_sources: list[str] = field(default_factory=list)
     cpu_share: float = 0.0
     loop_lag_p99_ms: float = 0.0
     server_metrics: ServerAgreement = field(default_factory=ServerAgreement)
