@@ -4,7 +4,8 @@
     python -m benchmarks.loadtest_against_vllm http://127.0.0.1:8000 --python VENV/bin/python \\
         --tokenizer runtime/models/demo
 
-Both send requests of the same lengths and arrivals of the same rate; the tokens are random and differ.
+Both send requests of the same lengths, at the same rate; with `--burstiness inf` at the same moments, else at random
+ones. The tokens are random and differ.
 """
 
 from __future__ import annotations
@@ -61,12 +62,16 @@ def theirs(python: str, url: str, load: list[str], model: str, tokenizer: str, f
 @click.option("--model", default="demo", show_default=True, help="As the server calls it.")
 @click.option("--tokenizer", required=True, help="A directory that transformers reads a tokenizer from.")
 @click.option("--request-rate", default="4", show_default=True)
+@click.option("--burstiness", default="1", show_default=True, help="1: Poisson; inf: even.")
 @click.option("--num-prompts", default="80", show_default=True)
+@click.option("--random-input-len", default="128", show_default=True)
+@click.option("--random-output-len", default="64", show_default=True)
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
-def main(url: str, python: str, model: str, tokenizer: str, request_rate: str, num_prompts: str, rounds: int) -> None:
+def main(url: str, python: str, model: str, tokenizer: str, rounds: int, **options: str) -> None:
     """Print the medians of the rounds, and the median of their ratios."""
-    load = ["--num-prompts", num_prompts, "--request-rate", request_rate, "--num-warmups", "4", "--seed", "0"]
-    load += ["--random-input-len", "128", "--random-output-len", "64"]
+    # Both programs call these options so.
+    load = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    load += ["--num-warmups", "4", "--seed", "0"]
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in FIGURES}
     with tempfile.TemporaryDirectory() as name:
         for _ in range(rounds):

@@ -111,6 +111,7 @@ class LoadTest:
             KeyboardInterrupt: Ctrl-C before anything was measured.
         """
         # At once: a mistake in the paths is not to be found after an hour.
+        self._settings.workload.conversations(UNKNOWN_VOCABULARY, repeat=0, count=1)
         documents = (
             list(islice(read_documents(self._settings.quality_data), MOST_DOCUMENTS))
             if self._settings.quality_data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,11 +133,10 @@ def _random_ids(rng: np.random.Generator, vocab_size: int, count: int) -> tuple[
 
 
 def _beginning(document: str, length: int) -> str:
-    """At most the first `length` characters, whole words if there are any."""
+    """As many whole words as `length` characters have room for; if it is not one, a part of it."""
     text = document.strip()
-    if len(text) <= length:
-        return text
-    return text[:length].rsplit(None, 1)[0]
+    words = re.match(rf"(?s).{{1,{length}}}(?!\S)", text)
+    return words[0].rstrip() if words else text[:length]
 
 
 def total_requests(conversations: Sequence[Conversation]) -> int:

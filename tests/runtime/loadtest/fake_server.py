@@ -1,4 +1,7 @@
-"""A completions server that computes nothing and keeps time: the oracle of what a client should have seen."""
+"""A completions server that computes nothing and keeps time: the oracle of what a client should have seen.
+
+By hand, for other clients: python tests/runtime/loadtest/fake_server.py --port 8001 --first-ms 60 --gap-ms 15
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import click
 
 
 @dataclass
@@ -22,6 +27,7 @@ class FakeServer:
         whole: the answer to every completion, at once and as a whole, in place of a stream.
         closes_after: after so many requests every other one is cut off.
         room: for so many requests at a time; one more gets a 503.
+        port: 0, a free one.
         bodies, most_at_once: what was asked, and how many requests were under way at the busiest moment.
         first_written_s: when the first token of each answer was written, in the order in which they were asked for.
     """
@@ -36,6 +42,7 @@ class FakeServer:
     whole: dict[str, Any] | None = None
     closes_after: int | None = None
     room: int = 1_000_000
+    port: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
     first_written_s: list[float] = field(default_factory=list)
@@ -45,7 +52,7 @@ class FakeServer:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[FakeServer]:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", self.port)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         async with server:
             yield self
@@ -131,3 +138,22 @@ class FakeServer:
     def _answer(self, writer: asyncio.StreamWriter, status: int, answer: dict[str, Any]) -> None:
         data = json.dumps(answer).encode()
         writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+
+
+@click.command()
+@click.option("--port", required=True, type=int)
+@click.option("--first-ms", default=60.0, show_default=True, help="From a request to the first token of its answer.")
+@click.option("--gap-ms", default=15.0, show_default=True, help="Between two tokens.")
+def main(port: int, first_ms: float, gap_ms: float) -> None:
+    """Serve until Ctrl-C, as many tokens as are asked for."""
+    server = FakeServer(first_s=first_ms / 1000, gap_s=gap_ms / 1000, tokens=1_000_000, port=port)
+
+    async def serve() -> None:
+        async with server.running():
+            await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write_served
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from fake_server import FakeServer
 
 from runtime.cli import main
@@ -128,6 +128,36 @@ def test_one_url_in_an_open_loop(tmp_path: Path) -> None:
     assert result["quality"]["unavailable"]
 
 
+def test_the_key_of_a_side_is_its_own(tmp_path: Path) -> None:
+    small = (*SMALL, "--repeats", "1", "--sweep-seconds", "0", "--json", "--out", str(tmp_path / "out"))
+
+    def with_keys(url: str, **keys: str) -> Result:
+        return CliRunner(env=keys).invoke(main, ["bench", "load", url, *small], prog_name="osp")
+
+    with in_background(FakeServer(key="right")) as url:
+        refused = with_keys(url, OPENAI_API_KEY="wrong")
+        served = with_keys(url, OPENAI_API_KEY="wrong", OPENAI_API_KEY_A="right")
+
+    assert refused.exit_code == 1
+    assert (
+        refused.stderr
+        == f"Error: {url} refuses the key (HTTP 401: no such key); set OPENAI_API_KEY to one that it takes\n"
+    )
+    assert json.loads(served.stdout)["A"]["completed"] == 6
+
+
+def test_a_server_that_cannot_tell_its_quality_is_loaded_all_the_same(tmp_path: Path) -> None:
+    text = tmp_path / "held-out.txt"
+    text.write_text("Once upon a time there was a little cat.", "utf-8")
+    small = (*SMALL, "--repeats", "1", "--sweep-seconds", "0", "--quality-data", str(text), "--out", str(tmp_path))
+    with in_background(FakeServer()) as url:
+        result = CliRunner().invoke(main, ["bench", "load", url, *small], prog_name="osp")
+
+    assert f"quality was not measured: {url.removesuffix('/v1')}/tokenize: HTTP 404: no such route" in result.stdout
+    assert json.loads((tmp_path / "result.json").read_text("utf-8"))["A"]["completed"] == 6
+    assert "HTTP 404: no such route" in (tmp_path / "report.md").read_text("utf-8")
+
+
 def test_a_sweep_goes_to_where_the_server_refuses_and_is_valid_all_the_same(tmp_path: Path) -> None:
     limits = ("--max-concurrency", "2", "--repeats", "1", "--sweep-seconds", "1.5", "--goodput", "ttft:60000")
     with in_background(FakeServer(first_s=0.2, room=3)) as url:
@@ -205,6 +235,8 @@ def test_ctrl_c_before_anything_was_measured(tmp_path: Path) -> None:
             "has a context of 512 tokens, and requests with their answers have 564",
         ),
         (("demo", "--dataset-name", "text"), "give --dataset-path"),
+        (("demo", "--dataset-name", "text", "--dataset-path", "/no/such"), "/no/such"),
+        (("demo", "--quality-data", "/no/such"), "/no/such"),
         (("demo", "--turns", "3"), "--turns goes with --dataset-name multi-turn"),
         (("demo", "--request-rate", "0"), "--request-rate must be positive"),
         (("demo", "--goodput", "ttft:soon"), "'ttft:soon' is not ttft:MS or tpot:MS"),
