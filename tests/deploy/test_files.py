@@ -18,16 +18,16 @@ from runtime.server.settings import ServerSettings
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 COMPOSE = sorted(DEPLOY.glob("compose*.yaml"))
-MANIFESTS = [
-    f for f in sorted(DEPLOY.glob("kubernetes/*.yaml")) if f.name not in ("kustomization.yaml", "adapter-rule.yaml")
-]
+KUBERNETES = DEPLOY / "kubernetes"
+MANIFESTS = [file for file in sorted(KUBERNETES.glob("base/*.yaml")) if file.name != "kustomization.yaml"]
+OVERLAYS = {"cpu": KUBERNETES, "gpu": KUBERNETES / "gpu"}
 
 
 def load(file: Path) -> Any:
     return yaml.safe_load(file.read_text("utf-8"))
 
 
-DEPLOYMENT = load(DEPLOY / "kubernetes/deployment.yaml")
+DEPLOYMENT = load(KUBERNETES / "base/deployment.yaml")
 POD = DEPLOYMENT["spec"]["template"]["spec"]
 CONTAINER = POD["containers"][0]
 
@@ -40,19 +40,40 @@ def test_manifests_follow_kubernetes_schema(file: Path) -> None:
 
 def test_the_schema_refuses_what_is_wrong() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    wrong = load(DEPLOY / "kubernetes/deployment.yaml")
+    wrong = load(KUBERNETES / "base/deployment.yaml")
     wrong["spec"]["template"]["spec"]["terminationGracePeriod"] = 90
     with pytest.raises(validate.ValidationError, match="terminationGracePeriod"):
         validate.validate(wrong, "1.33", strict=True)
 
 
 def test_kustomizations_name_files_that_are_there() -> None:
-    base = load(DEPLOY / "kubernetes/kustomization.yaml")
+    base = load(KUBERNETES / "base/kustomization.yaml")
     assert {file.name for file in MANIFESTS} == set(base["resources"])
-    gpu = load(DEPLOY / "kubernetes/gpu/kustomization.yaml")
-    patch = load(DEPLOY / "kubernetes/gpu" / gpu["patches"][0]["path"])
+    for directory in OVERLAYS.values():
+        for resource in load(directory / "kustomization.yaml")["resources"]:
+            assert (directory / resource).resolve() == KUBERNETES / "base"
+    gpu = load(KUBERNETES / "gpu/kustomization.yaml")
+    patch = load(KUBERNETES / "gpu" / gpu["patches"][0]["path"])
     assert (patch["kind"], patch["metadata"]["name"]) == ("Deployment", DEPLOYMENT["metadata"]["name"])
     assert patch["spec"]["template"]["spec"]["containers"][0]["name"] == CONTAINER["name"]
+
+
+@pytest.mark.parametrize("tag", OVERLAYS)
+def test_kustomize_builds_what_follows_the_schema(tag: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    tools = {"kustomize": ["build"], "kubectl": ["kustomize"]}
+    tool = next((name for name in tools if shutil.which(name)), None)
+    if tool is None:
+        pytest.skip("neither kustomize nor kubectl in the PATH")
+    run = subprocess.run([tool, *tools[tool], str(OVERLAYS[tag])], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    manifests = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(run.stdout)}
+    assert manifests.keys() == {"Deployment", "Service", "PodDisruptionBudget", "HorizontalPodAutoscaler"}
+    for manifest in manifests.values():
+        validate.validate(manifest, "1.33", strict=True)
+    (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == f"osp-runtime:{tag}"
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (tag == "gpu")
 
 
 def test_the_grace_period_is_above_pre_stop_and_drain() -> None:
@@ -71,9 +92,9 @@ def test_docker_and_systemd_wait_longer_than_the_drain() -> None:
 
 def test_the_selectors_and_the_autoscaler_mean_the_deployment() -> None:
     labels = DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
-    assert load(DEPLOY / "kubernetes/service.yaml")["spec"]["selector"].items() <= labels.items()
-    assert load(DEPLOY / "kubernetes/budget.yaml")["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    autoscaler = load(DEPLOY / "kubernetes/autoscaler.yaml")["spec"]
+    assert load(KUBERNETES / "base/service.yaml")["spec"]["selector"].items() <= labels.items()
+    assert load(KUBERNETES / "base/budget.yaml")["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    autoscaler = load(KUBERNETES / "base/autoscaler.yaml")["spec"]
     assert autoscaler["scaleTargetRef"]["name"] == DEPLOYMENT["metadata"]["name"]
     assert autoscaler["metrics"][0]["pods"]["metric"]["name"] in (ROOT / "docs/metrics.md").read_text("utf-8")
 
@@ -99,20 +120,32 @@ def test_what_the_files_set_are_settings() -> None:
     assert used - own <= known
 
 
-def test_docker_compose_takes_the_files(tmp_path: Path) -> None:
-    docker_compose = shutil.which("docker-compose")
-    if docker_compose is None:
-        pytest.skip("no docker-compose in the PATH")
+@pytest.mark.parametrize(
+    "files",
+    [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"], ["compose.ab.yaml"]],
+    ids=lambda files: "+".join(files),
+)
+def test_docker_compose_takes_the_files(files: list[str], tmp_path: Path) -> None:
+    command = compose_command()
     for file in COMPOSE:
         compose = load(file)
-        # Debian's docker-compose is 1.29, which knows all that we use but a project's name.
-        compose.pop("name", None)
+        # The first generation (1.29) knows all that we use but a project's name.
+        if command == ["docker-compose"]:
+            compose.pop("name", None)
         (tmp_path / file.name).write_text(yaml.safe_dump(compose), "utf-8")
-    environment = {"PATH": "/usr/bin:/bin", "OSP_MODELS": "w4a4=/models/w4a4", "MODEL_DIR": "/srv/models"}
-    for files in (["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"], ["compose.ab.yaml"]):
-        command = [docker_compose, *(word for file in files for word in ("-f", file)), "config", "--quiet"]
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+    environment = {**os.environ, "OSP_MODELS": "w4a4=/models/w4a4", "MODEL_DIR": "/srv/models"}
+    command += [*(word for file in files for word in ("-f", file)), "config", "--quiet"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def compose_command() -> list[str]:
+    """`docker compose`, or its first generation, whichever there is."""
+    if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
+        return ["docker", "compose"]
+    if shutil.which("docker-compose") is None:
+        pytest.skip("no docker compose and no docker-compose in the PATH")
+    return ["docker-compose"]
 
 
 def test_the_unit_is_what_systemd_takes() -> None:
@@ -141,4 +174,4 @@ def test_an_image_gets_the_requirements_of_pyproject() -> None:
     assert any(line.startswith("onnxruntime>=") for line in base)
     assert not any(line.startswith("torch") for line in base)
     only = subprocess.check_output([sys.executable, script, "loadtest", "--only"], text=True).splitlines()
-    assert [line.split(">=")[0] for line in only] == ["aiohttp"]
+    assert [line.split(">=")[0] for line in only] == ["aiohttp", "nvidia-ml-py"]
