@@ -173,12 +173,22 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is and serves: `engine` as on the command line, `precision` as `Checkpoint.precision`."""
+    """What an engine is and serves.
+
+    Attributes:
+        engine: as on the command line.
+        precision: as `Checkpoint.precision`.
+        context_length: tokens of prompt and answer together.
+        vocab_size: token ids are below it.
+        kernel: what computes the matrix products, by name, for each kind of layer where they may differ; empty where an
+            engine has one way only.
+    """
 
     engine: str
     precision: str
     context_length: int
     vocab_size: int
+    kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +215,14 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    async def start(self) -> None:
+        """Called once before the first request; from then on, `info` is whole.
+
+        Raises:
+            EngineDeadError: the engine has died meanwhile.
+        """
+        ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """Streams chunks until each of the `n` sequences has had one with a `finish_reason`. Closing it aborts.

@@ -90,6 +90,9 @@ class LocalEngine:
         with self._changed:
             return self._scheduler.stats()
 
+    async def start(self) -> None:
+        """See `Engine.start`: there is nothing left to do."""
+
     def observe_steps(self, observer: Callable[[float, int], None]) -> None:
         """See `Engine.observe_steps`. What the observer raises kills the engine."""
         self._observe = observer

@@ -87,7 +87,7 @@ class NativeRunner:
                 reader.path, f"there is not memory enough for the model and {num_blocks * self._block_size} positions"
             ) from None
         precision = reader.scheme.label if reader.scheme else str(reader.norm("model.norm.weight").dtype)
-        self._info = EngineInfo("native", precision, config.max_position_embeddings, config.vocab_size)
+        self._info = EngineInfo("native", precision, config.max_position_embeddings, config.vocab_size, self.kernel)
 
     @property
     def info(self) -> EngineInfo:

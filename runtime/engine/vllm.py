@@ -7,10 +7,12 @@ and an end of its own. A task follows each of them and posts what it hears to th
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,17 @@ from runtime.engine.scheduler import SchedulerLimits
 from runtime.engine.stream import Event, Mailroom, Stream
 from runtime.engine.validation import check_request
 from runtime.engine.vllm_arguments import engine_arguments, require_vllm
+from runtime.engine.vllm_plugin import kernels_text
 from runtime.engine.vllm_stats import StepRecord
 from runtime.engine.vllm_translation import SequenceReader, sampling_params
 
+log = logging.getLogger(__name__)
+
 STOP_S = 10.0
 """What vLLM's processes get to leave, once nothing runs any more, before they are killed."""
+
+VLLM_OWN = "vLLM's own"
+"""What computes a checkpoint that is not quantized."""
 
 _LOST = "vLLM's process has ended; the server has to be started again"
 
@@ -92,6 +100,7 @@ class VllmEngine:
         config = self._llm.vllm_config
         self._most_live = config.scheduler_config.max_num_seqs + self._limits.max_waiting
         self._ranks = config.scheduler_config.policy == "priority"
+        self._quantized = reader.scheme is not None
         precision = reader.scheme.label if reader.scheme else str(config.model_config.dtype).removeprefix("torch.")
         self._end: int | None = self._llm.tokenizer.eos_token_id
         model = config.model_config
@@ -108,6 +117,19 @@ class VllmEngine:
     def info(self) -> EngineInfo:
         """See `Engine.info`."""
         return self._info
+
+    async def start(self) -> None:
+        """See `Engine.start`: asks vLLM's workers which kernels they run; the log says it too."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+        try:
+            async with asyncio.timeout(self._limits.step_timeout_s):
+                of_workers = await self._llm.collective_rpc("osp_kernels_in_use")
+        except (VllmDeadError, TimeoutError) as error:
+            raise EngineDeadError("vLLM does not say which kernels it runs; its own words are in the log") from error
+        kernel = kernels_text(of_workers) if self._quantized else VLLM_OWN
+        self._info = replace(self._info, kernel=kernel)
+        log.info("engine vllm: kernel %s", kernel)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """See `Engine.generate`."""

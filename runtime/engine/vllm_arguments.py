@@ -35,6 +35,7 @@ _OURS: dict[str, Any] = {
     "logprobs_mode": "raw_logprobs",  # the model's own, before penalties and temperature
     "max_logprobs": MAX_LOGPROBS,
     "enable_logging_iteration_details": True,  # what `observe_steps` tells
+    "worker_extension_cls": "runtime.engine.vllm_plugin.WorkerExtension",  # says which kernels run
     "disable_log_stats": True,  # only vLLM's own loggers: ours is given beside them
 }
 _RESERVED = {"model", "tokenizer", "runner", "convert", "skip_tokenizer_init", "stream_interval", "config", *_OURS}

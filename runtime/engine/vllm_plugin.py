@@ -11,6 +11,7 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 NAME = "osp"
@@ -38,6 +39,19 @@ def kernels_in_use(model: Any) -> dict[str, str]:
     from runtime.engine.vllm_methods import kernels_of
 
     return kernels_of(model)
+
+
+def kernels_text(of_workers: Iterable[Mapping[str, str]]) -> str:
+    """What workers say of their kernels, for people: "KERNEL (qkv_proj, o_proj); OTHER (lm_head)".
+
+    Args:
+        of_workers: `kernels_in_use` of each. Where workers differ, a kind of layer stands beside each of its kernels.
+    """
+    kinds: dict[str, dict[str, None]] = {}
+    for kernels in of_workers:
+        for kind, kernel in kernels.items():
+            kinds.setdefault(kernel, {})[kind] = None
+    return "; ".join(f"{kernel} ({', '.join(found)})" for kernel, found in kinds.items())
 
 
 class WorkerExtension:

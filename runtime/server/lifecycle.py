@@ -166,6 +166,8 @@ class _Server(uvicorn.Server):
 
         try:
             await _in_daemon_thread(load_all)
+            for model in self._catalog:
+                await model.engine.start()
         except Exception as error:  # noqa: BLE001 - `run_server` raises it
             self.failure = error
             self.should_exit = True

@@ -65,8 +65,7 @@ class ModelTelemetry:
         # All of them exist from the start, so that a rate over a scrape interval misses no first event.
         self.success = {reason: metrics.success.labels(*labels, reason) for reason in (*FinishReason, ERROR)}
 
-        metrics.engine_info.labels(*labels, info.context_length, info.vocab_size).set(1)
-        metrics.engine_stats.follow(labels, engine.stats)
+        metrics.engines.follow(name, engine)
         step_time, step_tokens = metrics.step_time.labels(*labels), metrics.step_tokens.labels(*labels)
 
         def observe_step(seconds: float, tokens: int) -> None:

@@ -35,6 +35,10 @@ class MeteredEngine:
         """See `Engine.info`."""
         return self._engine.info
 
+    async def start(self) -> None:
+        """See `Engine.start`."""
+        await self._engine.start()
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """See `Engine.generate`."""
         meter = _RequestMeter(request, self._telemetry)

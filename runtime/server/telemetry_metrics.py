@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime.engine.base import EngineStats
+from runtime.engine.base import Engine, EngineStats
 
 LABELS = ("model_name", "engine", "precision")
 
@@ -83,36 +83,41 @@ class Metrics:
             registry=self.registry,
         )
 
-        self.engine_info = Gauge(
-            "osp_engine_info", "1, for each model.", (*LABELS, "context_length", "vocab_size"), registry=self.registry
-        )
         build_info = Gauge(
             "osp_build_info", "1, for this server.", ("version", "python_version"), registry=self.registry
         )
         build_info.labels(version("osp-runtime"), platform.python_version()).set(1)
-        self.engine_stats = EngineStatsCollector()
-        self.registry.register(self.engine_stats)
+        self.engines = EngineCollector()
+        self.registry.register(self.engines)
         ProcessCollector(registry=self.registry)
 
 
-class EngineStatsCollector(Collector):
-    """Asks the engines for their `EngineStats` whenever the metrics are read."""
+class EngineCollector(Collector):
+    """Asks the engines for their `EngineInfo` and `EngineStats` whenever the metrics are read."""
 
     def __init__(self) -> None:
-        self._engines: list[tuple[tuple[str, ...], Callable[[], EngineStats]]] = []
+        self._engines: list[tuple[str, Engine]] = []
 
-    def follow(self, labels: tuple[str, ...], stats: Callable[[], EngineStats]) -> None:
+    def follow(self, model_name: str, engine: Engine) -> None:
         """Adds an engine."""
-        self._engines.append((labels, stats))
+        self._engines.append((model_name, engine))
 
     def collect(self) -> Iterator[Metric]:
-        """One family for each field of `EngineStats`."""
-        snapshots = [(labels, stats()) for labels, stats in self._engines]
+        """What each engine is, and one family for each field of `EngineStats`."""
+        yield self._info()
+        snapshots = [((name, e.info.engine, e.info.precision), e.stats()) for name, e in self._engines]
         for field in fields(EngineStats):
             family = _STATS[field.name](labels=LABELS)
             for labels, snapshot in snapshots:
                 family.add_metric(labels, getattr(snapshot, field.name))
             yield family
+
+    def _info(self) -> Metric:
+        named = ("engine", "precision", "context_length", "vocab_size", "kernel")
+        family = GaugeMetricFamily("osp_engine_info", "1, for each model.", labels=("model_name", *named))
+        for name, engine in self._engines:
+            family.add_metric((name, *(str(getattr(engine.info, label)) for label in named)), 1)
+        return family
 
 
 def _gauge(name: str, help: str) -> Callable[..., GaugeMetricFamily]:

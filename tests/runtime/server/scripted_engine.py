@@ -76,6 +76,9 @@ class ScriptedEngine:
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self._live), waiting=0, kv_usage=0.25)
 
+    async def start(self) -> None:
+        pass
+
     def observe_steps(self, observer: Callable[[float, int], None]) -> None:
         """It has no steps."""
 

@@ -23,6 +23,7 @@ from server_process import ServerProcess
 from quant.format import read_checkpoint
 from runtime.engine.base import EngineStats, FinishReason, GenerationRequest, SamplingParams
 from runtime.engine.local import LocalEngine
+from runtime.engine.native_library import load_library
 from runtime.engine.reference import ReferenceRunner
 from runtime.server.app import create_app
 from runtime.server.auth import ApiKeys
@@ -64,6 +65,17 @@ def test_the_page_lists_every_metric_and_its_type(tokenizer: Tokenizer) -> None:
     }
     assert len(listed) == len(set(listed))
     assert set(listed) == registered
+
+
+def test_the_kernel_that_runs_is_named(server: ServerProcess) -> None:
+    samples = values(httpx.get(f"{server.url}/metrics").text)
+    [labels] = [dict(labels) for name, labels in samples if name == "osp_engine_info"]
+    assert (labels["model_name"], labels["precision"]) == ("tiny", "w4a4")
+    if labels["engine"] == "native":
+        assert labels["kernel"] in load_library().available_kernels()
+    if labels["engine"] == "vllm":
+        kinds = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        assert all(kind in labels["kernel"] for kind in kinds), labels["kernel"]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
