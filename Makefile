@@ -28,7 +28,7 @@ test-fuzz: $(VENV)/.dev $(VENV)/.native ## Send the server thousands of generate
 	$(BIN)/python -m pytest tests/runtime/server/test_generated_requests.py --hypothesis-profile=fuzz --capture=no \
 		--timeout=3600
 
-test-lowest: ## The tests again, on the lowest versions that pyproject.toml allows
+test-lowest: $(VENV)/.native ## The tests again, on the lowest versions that pyproject.toml allows
 	mkdir -p $(BUILD)
 	grep -oE '"[a-z-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=\(.*\)/==\1.*/' | sort -u > $(BUILD)/lowest.txt
 	test -x $(BUILD)/lowest/bin/python || $(PYTHON) -m venv $(BUILD)/lowest
