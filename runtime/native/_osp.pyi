@@ -189,6 +189,57 @@ class Model:
     @property
     def kv_bytes(self) -> int: ...
 
+class Team:
+    """Another library's threads, which compute for `PackedLinear`; the layers of a process share one."""
+
+    def __init__(self, threads: int, parallel: int = 0) -> None:
+        """`parallel`: the address of `GOMP_parallel` in that library's OpenMP, where there are several threads."""
+
+    @property
+    def threads(self) -> int: ...
+
+class PackedLinear:
+    """One linear layer by itself, for engines that are not ours: `quant.arithmetic.quantized_linear`, bit for bit.
+
+    Arrays are numpy's, or what speaks DLPack as torch's tensors do. Rows are float32 or bfloat16; bfloat16 outputs are
+    the float32 ones, rounded once. Several threads may call a layer; they come in turns.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        stored: Any,
+        columns: int,
+        bits: int,
+        scale: Any,
+        *,
+        input_bits: int,
+        input_scale: float | None = None,
+        blocks: int = 1,
+        power: int = 1,
+        signs: Any | None = None,
+        kernel: str = "",
+    ) -> None:
+        """Packs the weights anew: `stored`, `columns`, `bits` and `scale` are those of `Kernel.quantized_linear`.
+
+        Args:
+            input_bits: 4, 8, or 16 for inputs that are not quantized.
+            input_scale: static, or None for each row's own.
+            signs: `base_matrix(base)`, where rows pass `Hadamard(blocks, base, power)` before they are quantized.
+            kernel: empty for the best that this processor runs.
+        """
+
+    def forward(self, x: Any, y: Any) -> None:
+        """Rows [N, K] into `y` [N, M]."""
+
+    def multiply(self, codes: Any, scales: Any, y: Any) -> None:
+        """The same of codes int8 [N, K] and the scale of each row, float32 [N]; a NaN makes its row NaN."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def weight_bytes(self) -> int: ...
+
 BLOCK_SIZE: int
 
 def available_threads() -> int:

@@ -20,6 +20,7 @@ using namespace nb::literals;
 namespace osp {
 
 void bind_kernels(nb::module_& module);
+void bind_linears(nb::module_& module);
 
 namespace {
 
@@ -211,4 +212,5 @@ NB_MODULE(_osp, module) {
         "kernel"_a, "format"_a, "rows"_a, "outputs"_a, "columns"_a, "threads"_a, "seconds"_a);
     osp::bind_model(module);
     osp::bind_kernels(module);
+    osp::bind_linears(module);
 }

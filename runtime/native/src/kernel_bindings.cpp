@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -19,7 +18,7 @@
 #include "kernels.hpp"
 #include "kv_cache.hpp"
 #include "limits.hpp"
-#include "packed_matrix.hpp"
+#include "stored_codes.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -32,18 +31,9 @@ using Input = nb::ndarray<const T, nb::ndim<dimensions>, nb::c_contig, nb::devic
 using Floats1 = Input<float, 1>;
 using Floats2 = Input<float, 2>;
 using Floats3 = Input<float, 3>;
-using Stored = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Stored = StoredCodes;
 template <typename T>
 using Output = nb::ndarray<nb::numpy, T>;
-
-void require(bool fits, const char* what) {
-    if (!fits) throw std::invalid_argument(what);
-}
-
-int extent(std::size_t size) {
-    require(size <= 1u << 30, "an array is too large");
-    return static_cast<int>(size);
-}
 
 // A new array, C-contiguous, that Python owns.
 template <typename T>
@@ -53,21 +43,6 @@ Output<T> array_of(std::initializer_list<std::size_t> shape) {
     T* data = new T[size]();
     const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
     return Output<T>(data, shape, owner);
-}
-
-PackedMatrix packed(Format format, const void* source, std::size_t rows, int columns, std::vector<float> scales) {
-    PackedMatrix matrix(format, extent(rows), columns, std::move(scales));
-    for (int panel = 0; panel < matrix.panels(); ++panel) matrix.pack_panel(panel, source);
-    return matrix;
-}
-
-PackedMatrix packed_codes(const Stored& stored, int columns, int bits, const Floats1& scale) {
-    require(bits == 4 || bits == 8, "codes have 4 or 8 bits");
-    require(columns > 0 && stored.itemsize() == 1, "codes are stored as bytes, for at least one column");
-    const int width = bits == 4 ? columns / 2 + columns % 2 : columns;
-    require(stored.shape(1) == static_cast<std::size_t>(width), "the stored codes are not of so many columns");
-    return packed(bits == 4 ? Format::kInt4 : Format::kInt8, stored.data(), stored.shape(0), columns,
-                  {scale.data(), scale.data() + scale.size()});
 }
 
 InputPlane plane_of(const Floats2& x) {
