@@ -25,7 +25,7 @@ from trainer.config import PRESETS, ConfigError, Recipe, preset
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="Directory of a tokenizer.json to use; none is trained."
 )
-@click.option("--recipe", type=click.Choice(get_args(Recipe)), help="adam: the plain twin, AdamW and RMSNorm.")
+@click.option("--recipe", type=click.Choice(get_args(Recipe)), help="Default osp; the others leave parts of it out.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.")
 @click.option("--matrix-lr", type=float, help="Peak learning rate of the matrices.")
 @click.option("--embedding-lr", type=float, help="Peak learning rate of embedding, head and norms.")

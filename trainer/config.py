@@ -6,8 +6,40 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-Recipe = Literal["osp", "adam"]
-"""`osp`: Muon, Single-Scale RMSNorm and embedding projections. `adam`: the plain twin, AdamW and RMSNorm."""
+Recipe = Literal["adam", "muon-only", "muon", "muon+ssnorm", "muon+embproj", "osp"]
+"""The paper's six, by their names here; `RECIPES` says what each is made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeParts:
+    """What a recipe is made of. Each part is a step from the plain Llama trained with AdamW towards OSP.
+
+    Attributes:
+        muon_matrices: Muon trains the matrices of the blocks, and the projections.
+        muon_tables: Muon trains embedding and head too.
+        single_scale_norms: norms have one scalar, not a gain a channel.
+        embedding_projections: a square matrix after the embedding, and one before the head.
+    """
+
+    muon_matrices: bool = True
+    muon_tables: bool = False
+    single_scale_norms: bool = False
+    embedding_projections: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model is a plain Llama without folding."""
+        return not (self.single_scale_norms or self.embedding_projections)
+
+
+RECIPES: dict[Recipe, RecipeParts] = {
+    "adam": RecipeParts(muon_matrices=False),
+    "muon-only": RecipeParts(muon_tables=True),  # the paper's "Muon without Adam"
+    "muon": RecipeParts(),
+    "muon+ssnorm": RecipeParts(single_scale_norms=True),
+    "muon+embproj": RecipeParts(embedding_projections=True),
+    "osp": RecipeParts(single_scale_norms=True, embedding_projections=True),
+}
 
 
 CHANGEABLE = frozenset(
@@ -60,9 +92,9 @@ class TrainConfig:
 
     Attributes:
         batch_tokens: tokens an optimizer step; a multiple of the model's context length.
-        matrix_lr: Muon's learning rate for the matrices of the body and both embedding projections. The update is
-            scaled to AdamW's RMS, so one value serves AdamW too, which uses it under the `adam` recipe.
-        embedding_lr: AdamW's learning rate for the embedding, the head and the norms.
+        matrix_lr: learning rate of the matrices of the body and both embedding projections. Muon's update is scaled to
+            AdamW's RMS, so one value serves both.
+        embedding_lr: learning rate of the embedding, the head and the norms.
         micro_batch_tokens: tokens that go through the model at a time; gradients of a step add up over them. Bounds
             memory and does not change what is computed, but for rounding.
         held_out: share of the documents that training never sees.
@@ -100,6 +132,8 @@ class TrainConfig:
         for name in ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "skip_limit", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, is {getattr(self, name)}")
+        if self.recipe not in RECIPES:
+            raise ConfigError(f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
         for name in ("matrix_lr", "embedding_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a positive number, is {getattr(self, name)}")

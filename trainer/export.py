@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from quant.format import FORMAT_VERSION, sha256, write_json
+from trainer.config import RECIPES
 from trainer.model import OSPModel, SSNorm
 
 FOLDING_TOLERANCE = 1e-9
@@ -30,16 +31,18 @@ class ExportError(RuntimeError):
 
 @torch.no_grad()
 def folded(model: OSPModel) -> OSPModel:
-    """The equivalent model of the `adam` recipe (RMSNorm, no projections), in the precision of `model`."""
-    if model.recipe == "adam":
+    """The equivalent plain Llama (RMSNorm, no projections), in the precision of `model`."""
+    parts = RECIPES[model.recipe]
+    if parts.plain:
         return model
     whole = model.state_dict()
     state = {name: tensor for name, tensor in whole.items() if "projection" not in name}
     for name, module in model.named_modules():
         if isinstance(module, SSNorm):
             state[f"{name}.weight"] = state.pop(f"{name}.scale").expand(model.config.hidden_size)
-    state["embed_tokens.weight"] = whole["embed_tokens.weight"] @ whole["embed_projection.weight"].T
-    state["lm_head.weight"] = whole["lm_head.weight"] @ whole["head_projection.weight"]
+    if parts.embedding_projections:
+        state["embed_tokens.weight"] = whole["embed_tokens.weight"] @ whole["embed_projection.weight"].T
+        state["lm_head.weight"] = whole["lm_head.weight"] @ whole["head_projection.weight"]
     plain = OSPModel(model.config, "adam").to(model.lm_head.weight.dtype)
     plain.load_state_dict(state)
     return plain

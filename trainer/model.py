@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config import ModelConfig, Recipe
+from trainer.config import RECIPES, ModelConfig, Recipe, RecipeParts
 
 
 class SSNorm(nn.Module):
@@ -48,9 +48,9 @@ def _normalize(x_BLD: Tensor, eps: float) -> Tensor:
     return x_BLD * torch.rsqrt(x_BLD.square().mean(-1, keepdim=True) + eps)
 
 
-def make_norm(config: ModelConfig, recipe: Recipe) -> nn.Module:
+def make_norm(config: ModelConfig, parts: RecipeParts) -> nn.Module:
     """The recipe's normalization."""
-    return SSNorm(config.norm_eps) if recipe == "osp" else RMSNorm(config.hidden_size, config.norm_eps)
+    return SSNorm(config.norm_eps) if parts.single_scale_norms else RMSNorm(config.hidden_size, config.norm_eps)
 
 
 class Attention(nn.Module):
@@ -93,11 +93,11 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
+    def __init__(self, config: ModelConfig, parts: RecipeParts) -> None:
         super().__init__()
-        self.input_layernorm = make_norm(config, recipe)
+        self.input_layernorm = make_norm(config, parts)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = make_norm(config, recipe)
+        self.post_attention_layernorm = make_norm(config, parts)
         self.mlp = SwiGLU(config)
 
     def forward(self, x_BLD: Tensor, cos_LC: Tensor, sin_LC: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 
 class OSPModel(nn.Module):
-    """A decoder-only Llama with an untied head; under the `osp` recipe with SSNorm and embedding projections.
+    """A decoder-only Llama with an untied head; with SSNorm and embedding projections if the recipe has them.
 
     Module names follow Hugging Face's Llama, so that `export` renames nothing but the norms.
     """
@@ -116,15 +116,15 @@ class OSPModel(nn.Module):
         super().__init__()
         self.config = config
         self.recipe: Recipe = recipe
-        width = config.hidden_size
+        parts, width = RECIPES[recipe], config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.layers = nn.ModuleList(Block(config, recipe) for _ in range(config.num_layers))
-        self.norm = make_norm(config, recipe)
+        self.layers = nn.ModuleList(Block(config, parts) for _ in range(config.num_layers))
+        self.norm = make_norm(config, parts)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
-        # Made for the twin too, and thrown away: both recipes then draw the same numbers for what they share.
+        # Made for every recipe, though some throw them away: so all draw the same numbers for what they share.
         projections = [nn.Linear(width, width, bias=False) for _ in range(2)]
-        self.embed_projection: nn.Module = projections[0] if recipe == "osp" else nn.Identity()
-        self.head_projection: nn.Module = projections[1] if recipe == "osp" else nn.Identity()
+        self.embed_projection: nn.Module = projections[0] if parts.embedding_projections else nn.Identity()
+        self.head_projection: nn.Module = projections[1] if parts.embedding_projections else nn.Identity()
         self._initialize()
 
     def _initialize(self) -> None:

@@ -2,7 +2,8 @@
 
 Adam keeps a second moment for each element, which lets single channels grow: one root of the outliers. Muon
 orthogonalizes the update of a whole matrix and so has no preferred channel. Embedding and head are lookups by token,
-where Muon does not pay; OSP leaves them to Adam and puts a Muon-trained projection beside each.
+where Muon does not pay; OSP leaves them to Adam and puts a Muon-trained projection beside each. Norms have no matrix to
+orthogonalize, and are AdamW's in every recipe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from trainer.config import TrainConfig
+from trainer.config import RECIPES, TrainConfig
 from trainer.model import OSPModel
 
 ADAM_BETAS = (0.9, 0.95)
@@ -45,17 +46,17 @@ def parameter_groups(model: OSPModel) -> dict[str, list[nn.Parameter]]:
 
 def make_optimizers(model: OSPModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """The recipe's optimizers. Each group's `base_lr` is the peak that `set_learning_rate` scales."""
-    groups = parameter_groups(model)
-    adam_groups = [
-        {"params": groups["tables"], "lr": config.embedding_lr, "weight_decay": config.weight_decay},
-        {"params": groups["norms"], "lr": config.embedding_lr, "weight_decay": 0.0},
-    ]
+    groups, parts = parameter_groups(model), RECIPES[config.recipe]
+    tables = {"params": groups["tables"], "lr": config.embedding_lr, "weight_decay": config.weight_decay}
+    norms = {"params": groups["norms"], "lr": config.embedding_lr, "weight_decay": 0.0}
     matrices = {"params": groups["matrices"], "lr": config.matrix_lr, "weight_decay": config.weight_decay}
+    muon_groups = [matrices] * parts.muon_matrices + [tables] * parts.muon_tables
+    adam_groups = [group for group in (tables, norms, matrices) if group not in muon_groups]
     optimizers: list[torch.optim.Optimizer] = []
-    if config.recipe == "osp":
+    if muon_groups:
         optimizers.append(
             torch.optim.Muon(
-                [matrices],
+                muon_groups,
                 momentum=0.95,
                 nesterov=True,
                 ns_steps=NEWTON_SCHULZ_STEPS,
@@ -63,8 +64,6 @@ def make_optimizers(model: OSPModel, config: TrainConfig) -> list[torch.optim.Op
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    else:
-        adam_groups.append(matrices)
     optimizers.append(torch.optim.AdamW(adam_groups, betas=ADAM_BETAS, eps=1e-8))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["base_lr"] = group["lr"]

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from trainer.config import ConfigError, ModelConfig
+from trainer.config import RECIPES, ConfigError, ModelConfig
 from trainer.export import folded, llama_config, llama_state
 from trainer.model import OSPModel, RMSNorm, SSNorm
 
@@ -35,7 +35,7 @@ def test_rmsnorm_equals_torch():
     torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-6))
 
 
-@pytest.mark.parametrize("recipe", ["osp", "adam"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_logits_equal_transformers_after_folding(recipe):
     torch.manual_seed(1)
     model = OSPModel(SHAPE, recipe)
@@ -47,23 +47,40 @@ def test_logits_equal_transformers_after_folding(recipe):
         torch.testing.assert_close(model(ids_BL), llama(ids_BL).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_the_projections_start_orthogonal_and_only_osp_has_them():
+def test_the_projections_start_orthogonal():
     model = OSPModel(SHAPE, "osp")
     for projection in (model.embed_projection, model.head_projection):
         torch.testing.assert_close(projection.weight @ projection.weight.T, torch.eye(48), atol=1e-5, rtol=0)
-    assert not any("projection" in name for name, _ in OSPModel(SHAPE, "adam").named_parameters())
 
 
-def test_both_recipes_start_from_the_same_numbers():
+@pytest.mark.parametrize(
+    ("recipe", "norm", "projections"),
+    [
+        ("adam", RMSNorm, 0),
+        ("muon-only", RMSNorm, 0),
+        ("muon", RMSNorm, 0),
+        ("muon+ssnorm", SSNorm, 0),
+        ("muon+embproj", RMSNorm, 2),
+        ("osp", SSNorm, 2),
+    ],
+)
+def test_each_recipe_has_its_own_parts(recipe, norm, projections):
+    model = OSPModel(SHAPE, recipe)
+    assert {type(m) for m in model.modules() if isinstance(m, RMSNorm | SSNorm)} == {norm}
+    assert sum("projection" in name for name, _ in model.named_parameters()) == projections
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_all_recipes_start_from_the_same_numbers(recipe):
     states = []
-    for recipe in ("osp", "adam"):
+    for name in (recipe, "adam"):
         torch.manual_seed(3)
-        states.append(OSPModel(SHAPE, recipe).state_dict())
-    osp, adam = states
+        states.append(OSPModel(SHAPE, name).state_dict())
+    other, adam = states
     shared = [name for name in adam if "norm" not in name]
     assert len(shared) == 2 + 7 * SHAPE.num_layers
     for name in shared:
-        assert torch.equal(osp[name], adam[name]), name
+        assert torch.equal(other[name], adam[name]), name
 
 
 def test_a_token_never_sees_the_future():

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config import RECIPES, ConfigError, ModelConfig, TrainConfig
 from trainer.model import OSPModel
 from trainer.optimizer import learning_rate_share, make_optimizers, parameter_groups, set_learning_rate
 
@@ -48,6 +48,34 @@ def test_the_adam_twin_uses_adam_for_everything():
     (adam,) = make_optimizers(model, TrainConfig(SHAPE, recipe="adam"))
     assert isinstance(adam, torch.optim.AdamW)
     assert sum(len(group["params"]) for group in adam.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_parameter_is_in_one_group_of_one_optimizer(recipe):
+    model = OSPModel(SHAPE, recipe)
+    optimizers = make_optimizers(model, TrainConfig(SHAPE, recipe=recipe))
+    optimized = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, optimized)) == sorted(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tables", "matrices"),
+    [("adam", 0, 0), ("muon-only", 2, 14), ("muon", 0, 14), ("muon+ssnorm", 0, 14), ("muon+embproj", 0, 16)],
+)
+def test_what_muon_trains_in_the_ablations(recipe, tables, matrices):
+    model = OSPModel(SHAPE, recipe)
+    optimizers = make_optimizers(model, TrainConfig(SHAPE, recipe=recipe))
+    muon = [
+        p for o in optimizers if isinstance(o, torch.optim.Muon) for group in o.param_groups for p in group["params"]
+    ]
+    names = names_in(model, muon)
+    assert len(names & {"embed_tokens.weight", "lm_head.weight"}) == tables
+    assert len(names) == tables + matrices
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ConfigError, match=r"'sgd'.*muon\+ssnorm"):
+        TrainConfig(SHAPE, recipe="sgd")
 
 
 def test_a_module_that_the_groups_would_list_twice_is_refused():

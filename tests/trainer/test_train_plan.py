@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.cli import train as train_command
-from trainer.config import PRESETS, preset
+from trainer.config import PRESETS, RECIPES, preset
 from trainer.model import OSPModel
 from trainer.optimizer import make_optimizers
 from trainer.plan import activation_bytes, make_plan, optimizer_bytes, step_flops
@@ -22,7 +22,7 @@ def test_the_papers_model_has_the_papers_size():
     assert parameters["exported"] - gains == parameters["total"] - projections - 49
 
 
-@pytest.mark.parametrize("recipe", ["osp", "adam"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_parameters_and_optimizer_state_are_those_of_a_real_run(recipe):
     config = preset("tiny", recipe=recipe)
     model = OSPModel(config.model, config.recipe)
