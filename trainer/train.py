@@ -265,8 +265,20 @@ def train(
         raise ConfigError(f"{directory} holds no checkpoint to resume from")
     directory.mkdir(parents=True, exist_ok=True)
     streams = prepare(paths, directory / "data", config, resume=resume, tokenizer=tokenizer)
+    return train_on(streams, directory, config, dtype=dtype, quiet=quiet)
+
+
+def train_on(
+    streams: TokenStreams,
+    directory: Path,
+    config: TrainConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """As `train`, on data that is prepared already; goes on from the newest checkpoint in `directory`, if there is one."""
     trainer = Trainer.start(config, directory, streams)
-    if resume:
+    if found := checkpoints(directory):
         trainer.restore(found[-1])
     replace_json(directory / "config.json", config.to_dict())
     return _export(trainer, trainer.run(quiet), dtype)
