@@ -276,7 +276,10 @@ def train_on(
     dtype: torch.dtype = torch.bfloat16,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """As `train`, on data that is prepared already; goes on from the newest checkpoint in `directory`, if there is one."""
+    """As `train`, on data that is prepared already; goes on from the newest checkpoint in `directory`, if there is one.
+
+    Raises as `train` does, but for ConfigError where there is a run already, or none.
+    """
     trainer = Trainer.start(config, directory, streams)
     if found := checkpoints(directory):
         trainer.restore(found[-1])
