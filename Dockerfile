@@ -1,12 +1,8 @@
-# syntax=docker/dockerfile:1
 # Images of the server, by target: cpu (the default), gpu, jetson; and loadtest. docs/deploy.md says how to build and
-# run them, and how to pin the bases by digest.
+# run them, and how to pin the bases by digest. BuildKit or buildah: they build the stages of a target and no others.
 ARG PYTHON_IMAGE=docker.io/library/python:3.12-slim-bookworm
-# vLLM's version is the one that the engine vllm is written for.
+# vLLM's version is the one that the engine vllm is written for. On Jetson, an image with vLLM for the board.
 ARG VLLM_IMAGE=docker.io/vllm/vllm-openai:v0.33.0
-# No public image is known to have this vLLM for Orin (sm_87) and a Python that is new enough. This one serves on Orin's
-# Arm cores; name one with vLLM for its GPU.
-ARG JETSON_IMAGE=${PYTHON_IMAGE}
 
 # The wheel, and the server in a virtual environment.
 FROM ${PYTHON_IMAGE} AS build
@@ -35,7 +31,7 @@ FROM build AS build-loadtest
 RUN python3 /source/requirements.py loadtest --only > /tmp/loadtest.txt \
     && /opt/builder/bin/pip --python /opt/osp/bin/python install --no-cache-dir --requirement /tmp/loadtest.txt
 
-# VLLM's image with our package and plugin: its own packages stay as they are.
+# The wheel again, for the Python of vLLM's image.
 FROM ${VLLM_IMAGE} AS build-gpu
 # hadolint ignore=DL3008
 RUN command -v g++ \
@@ -43,12 +39,15 @@ RUN command -v g++ \
 COPY . /source
 RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheel /source
 
+# vLLM's image with our package and plugin: its own packages stay as they are.
 FROM ${VLLM_IMAGE} AS gpu
 COPY --from=build-gpu /wheel /wheel
 RUN python3 -m pip list --format=freeze > /tmp/constraints.txt \
     && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt /wheel/*.whl \
-    && rm -r /wheel /tmp/constraints.txt && install -d -o 10001 -g 10001 /cache /models
-ENV OSP_HOST=0.0.0.0 PYTHONUNBUFFERED=1 HOME=/cache HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache \
+    && python3 -c "import runtime.native._osp" && rm -r /wheel /tmp/constraints.txt \
+    && install -d -o 10001 -g 10001 /cache /models
+# torch asks for the user's name when vLLM is imported, and /etc/passwd does not know it (vLLM issue 44548): USER.
+ENV OSP_HOST=0.0.0.0 PYTHONUNBUFFERED=1 USER=osp HOME=/cache HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton VLLM_CACHE_ROOT=/cache/vllm
 LABEL org.opencontainers.image.title="osp-runtime (gpu)" org.opencontainers.image.licenses="Apache-2.0"
 USER 10001:10001
@@ -61,36 +60,16 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["osp"]
 CMD ["serve", "--engine", "vllm"]
 
-# Jetson: the same, on a base of your choice.
-FROM ${JETSON_IMAGE} AS build-jetson
-# hadolint ignore=DL3008
-RUN command -v g++ \
-    || { apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*; }
-COPY . /source
-RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheel /source
-
-FROM ${JETSON_IMAGE} AS jetson
-COPY --from=build-jetson /wheel /wheel
-RUN python3 -m pip list --format=freeze > /tmp/constraints.txt \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt /wheel/*.whl \
-    && rm -r /wheel /tmp/constraints.txt && install -d -o 10001 -g 10001 /cache /models
-ENV OSP_HOST=0.0.0.0 PYTHONUNBUFFERED=1 HOME=/cache HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache \
-    TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton VLLM_CACHE_ROOT=/cache/vllm
-LABEL org.opencontainers.image.title="osp-runtime (jetson)" org.opencontainers.image.licenses="Apache-2.0"
-USER 10001:10001
-WORKDIR /cache
-EXPOSE 8000
-HEALTHCHECK --start-period=60s --interval=10s --timeout=5s \
-    CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-STOPSIGNAL SIGTERM
-ENTRYPOINT ["osp"]
+# Jetson: the same, on the VLLM_IMAGE of your choice. `auto` serves on the Arm cores where the image has no vLLM.
+FROM gpu AS jetson
+LABEL org.opencontainers.image.title="osp-runtime (jetson)"
 CMD ["serve"]
 
 # The load generator.
 FROM ${PYTHON_IMAGE} AS loadtest
 COPY --from=build-loadtest /opt/osp /opt/osp
 RUN install -d -o 10001 -g 10001 /results
-ENV PATH=/opt/osp/bin:$PATH PYTHONUNBUFFERED=1 HOME=/results
+ENV PATH=/opt/osp/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/results
 LABEL org.opencontainers.image.title="osp-runtime (loadtest)" org.opencontainers.image.licenses="Apache-2.0"
 USER 10001:10001
 WORKDIR /results
