@@ -6,8 +6,10 @@ Runs where vLLM is installed (`make test-vllm` makes such an environment). The t
 one shape and are written on the first run: ours with a 4-bit head and embedding; what `osp export --format
 compressed-tensors` makes of a W4A16 one, whose head has 4 bits too, since no stock engine reads a 4-bit embedding; and
 the same shape in bfloat16. Each is loaded by a vLLM of its own, whole models with scheduler and sampler; those that are
-not measured are stopped. `--engines` leaves some out. Absolute rates hold for the machine and the hour only; ratios are
-taken within a round.
+not measured are stopped. On a machine with two cores vLLM gives its model one of them and keeps the other for its
+scheduler, hence one thread. vLLM compiles the model, as it does by default; with `--eager` it does not, starts sooner,
+and spends half of a step between the products. `--engines` leaves some out. Absolute rates hold for the machine and the
+hour only; ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def _stock_scheme() -> Scheme:
     return named("w4a16").changed(hadamard="none", embedding_bits=16, head=4)
 
 
-def start_worker(name: str, shape: str, threads: int) -> WorkerProcess:
+def start_worker(name: str, shape: str, threads: int, *, eager: bool) -> WorkerProcess:
     """A vLLM of its own, with the engine's checkpoint loaded.
 
     Raises:
@@ -76,17 +78,22 @@ def start_worker(name: str, shape: str, threads: int) -> WorkerProcess:
     """
     command: list[str | Path] = [sys.executable, "-m", "benchmarks.vllm_worker", "--shape", shape]
     command += ["--threads", str(threads), "--directory", BUILD, "--checkpoint", checkpoint(name, shape)]
+    command += ["--eager"] * eager
     return WorkerProcess(name, command, BUILD / f"{name}.log", directory=ROOT)
 
 
-def compare(names: Sequence[str], comparison: Comparison, tokens: int, write: Callable[[], None]) -> None:
+def compare(
+    names: Sequence[str], comparison: Comparison, write: Callable[[], None], *, tokens: int, eager: bool
+) -> None:
     """Starts the engines, and measures every row into the comparison.
 
     Raises:
         WorkerError, ValueError: as `benchmarks.alternation.alternate` raises them.
     """
     with ExitStack() as stack:
-        workers = [stack.enter_context(start_worker(name, comparison.shape, comparison.threads)) for name in names]
+        workers = [
+            stack.enter_context(start_worker(name, comparison.shape, comparison.threads, eager=eager)) for name in names
+        ]
         comparison.engines = {worker.name: worker.about for worker in workers}
         for row in rows(tokens):
             comparison.series.append(alternate(row, workers, comparison.rounds))
@@ -104,11 +111,12 @@ def _engines_named(_context: click.Context, _parameter: click.Parameter, value: 
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=BUILD / "table.json", show_default=True)
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="135m", show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="For every engine.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of every vLLM: see above.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--tokens", type=click.IntRange(1, 256), default=64, show_default=True, help="Decoded by each stream.")
 @click.option("--engines", callback=_engines_named, default=f"{OURS},{W4A16},{BF16}", show_default=True)
-def main(out: Path, shape: str, threads: int, rounds: int, tokens: int, engines: list[str]) -> None:
+@click.option("--eager", is_flag=True, help="Without torch.compile.")
+def main(out: Path, shape: str, threads: int, rounds: int, tokens: int, engines: list[str], *, eager: bool) -> None:
     """Measure decode in vLLM, our W4A4 beside vLLM's own engines, and write the comparison."""
     command = shlex.join(["python", "-m", "benchmarks.vllm_decode", *sys.argv[1:]])
     comparison = Comparison(command, shape, threads, rounds, engines[0])
@@ -120,7 +128,7 @@ def main(out: Path, shape: str, threads: int, rounds: int, tokens: int, engines:
         click.echo(f"{comparison.series[-1].row.name}: measured", err=True)
 
     try:
-        compare(engines, comparison, tokens, write)
+        compare(engines, comparison, write, tokens=tokens, eager=eager)
     except (WorkerError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(comparison.markdown())

@@ -26,13 +26,13 @@ ENVIRONMENT = {
 class VllmBench:
     """A `benchmarks.worker.Bench` around vLLM's `LLM`. All prompts are computed anew."""
 
-    def __init__(self, checkpoint: Path, dtype: str, context: int) -> None:
+    def __init__(self, checkpoint: Path, dtype: str, context: int, *, eager: bool) -> None:
         from vllm import LLM
 
         self._llm: Any = LLM(
             str(checkpoint),
             dtype=dtype,
-            enforce_eager=True,
+            enforce_eager=eager,
             skip_tokenizer_init=True,
             max_model_len=context,
             max_num_seqs=MOST_SEQUENCES,
@@ -90,12 +90,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context", type=int, default=512, help="most tokens of a sequence")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(options.threads))
     import vllm  # it reads its environment now
 
     about = {"engine": "vLLM", "version": vllm.__version__, "checkpoint": options.checkpoint.name}
-    serve(lambda: VllmBench(options.checkpoint, options.dtype, options.context), about)
+    serve(lambda: VllmBench(options.checkpoint, options.dtype, options.context, eager=options.eager), about)
 
 
 if __name__ == "__main__":
