@@ -56,6 +56,8 @@ class ChatRequest(GenerationBody, ConversationOptions):
 
     # OpenAI's fields that do nothing here, and lose nothing by it.
     metadata: dict[str, str] | None = Field(None, description=NoEffect)
+    separate_reasoning: bool = Field(True, description="vllm-router adds it. No effect: no reasoning is told apart.")
+    stream_reasoning: bool = Field(True, description="As `separate_reasoning`.")
     safety_identifier: str | None = Field(None, description=NoEffect)
     prompt_cache_key: str | None = Field(None, description=NoEffect)
 

@@ -99,6 +99,10 @@ class GenerationBody(RequestModel):
     length_penalty: Annotated[Any, unsupported_unless(1)] = 1
     logprob_token_ids: Annotated[Any, unsupported_unless([])] = Field(default_factory=list)
 
+    # What vllm-router adds to every request.
+    no_stop_trim: Annotated[Any, unsupported_unless(False)] = False
+    return_hidden_states: Annotated[Any, unsupported_unless(False)] = False
+
     @field_validator("stream_options")
     @classmethod
     def _options_need_a_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:

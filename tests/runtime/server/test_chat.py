@@ -162,6 +162,7 @@ def test_an_end_token_ends_the_answer(chat_client: openai.OpenAI, chat_tokenizer
 def test_fields_that_do_nothing_are_taken(chat_server: ServerProcess) -> None:
     harmless = {
         "user": "x", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "x", "store": False,
+        "separate_reasoning": True, "stream_reasoning": True, "no_stop_trim": False, "return_hidden_states": False,
         "service_tier": "auto", "modalities": ["text"], "parallel_tool_calls": True, "logit_bias": None,
         "response_format": {"type": "text"}, "temperature": None, "tools": None, "reasoning_effort": "low",
     }  # fmt: skip

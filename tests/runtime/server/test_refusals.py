@@ -129,6 +129,8 @@ def test_json_that_is_no_object(http: httpx.Client, body: object) -> None:
         ("use_beam_search", True),
         ("length_penalty", 0.5),
         ("logprob_token_ids", [1]),
+        ("no_stop_trim", True),
+        ("return_hidden_states", True),
         # Not known.
         ("max_token", 5),
         ("messages", []),
