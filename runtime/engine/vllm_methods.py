@@ -27,7 +27,8 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 
 from quant.scheme import LinearScheme
 from runtime.engine.vllm_arithmetic import quantize_rows, rotate_rows, token_scales, unpack
-from runtime.engine.vllm_kernels import FusedWeight, Kernel, choose_kernel
+from runtime.engine.vllm_choice import choose_kernel
+from runtime.engine.vllm_kernels import CodedKernel, FusedWeight, InputScheme, Kernel
 
 # Below "vllm", whose handlers print what its engine processes log.
 log = init_logger("vllm.osp")
@@ -123,30 +124,37 @@ class OspLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             ValueError: vLLM has not loaded a scale.
         """
-        weight = _loaded_weight(layer, self.scheme.linear.weight_bits)
-        if self.scheme.linear.static:
+        linear, static_scale = self.scheme.linear, None
+        weight = _loaded_weight(layer, linear.weight_bits)
+        if linear.static:
             _require_loaded(layer, "input_scale")
-            layer.static_input_scale = layer.input_scale.data.clone()
-        layer.kernel = choose_kernel(weight, self.scheme.linear.activation_bits)
+            static_scale = layer.input_scale.data.clone()
+        layer.gathers = _gathers(layer, self.scheme)
+        rotated = self.scheme.rotated and not layer.gathers
+        inputs = InputScheme(linear.activation_bits, static_scale, rotated)
+        layer.kernel = choose_kernel(weight, inputs, _output_type(layer, layer.params_dtype))
         for name in list(dict(layer.named_parameters(recurse=False))):
             delattr(layer, name)
         log.info_once("%s: %s", layer_kind(layer), layer.kernel.name)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's outputs [..., M] in the type of `x` [..., K]; the head's in float32."""
-        linear, kernel = self.scheme.linear, layer.kernel
-        dtype = torch.float32 if isinstance(layer, ParallelLMHead) else x.dtype
-        rows_NK = x.reshape(-1, x.shape[-1])
-        if self.scheme.rotated:
-            rows_NK = _rotated(layer, rows_NK)
-        if linear.activation_bits == 16:
-            y_NM = kernel(rows_NK.to(x.dtype), None, dtype)
-        else:
-            scale = layer.static_input_scale if linear.static else _token_scales(layer, rows_NK, linear.activation_bits)
-            codes_NK, scales_N1 = quantize_rows(rows_NK, scale, linear.activation_bits)
-            y_NM = kernel(codes_NK, scales_N1, dtype)
+        kernel: Kernel = layer.kernel
+        dtype = _output_type(layer, x.dtype)
+        x_NK = x.reshape(-1, x.shape[-1])
+        y_NM = self._gathered(layer, x_NK, dtype) if layer.gathers else kernel(x_NK, dtype)
         y: Tensor = y_NM.reshape(*x.shape[:-1], y_NM.shape[-1])
         return y if bias is None else y + bias
+
+    def _gathered(self, layer: Any, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
+        """The outputs of this rank's inputs, which become what the whole tokens say."""
+        kernel: CodedKernel = layer.kernel
+        rows_NK = _rotated(layer, x_NK) if self.scheme.rotated else x_NK
+        bits = kernel.inputs.bits
+        if bits == 16 or kernel.inputs.scale is not None:
+            return kernel(rows_NK.to(x_NK.dtype) if bits == 16 else rows_NK, dtype)
+        codes_NK, scales_N1 = quantize_rows(rows_NK, _token_scales(rows_NK, bits), bits)
+        return kernel.multiply(codes_NK, scales_N1, dtype)
 
 
 class OspEmbeddingMethod(OspLinearMethod):
@@ -213,25 +221,27 @@ def _require_loaded(layer: Any, name: str) -> None:
         )
 
 
-def _gathers(layer: Any) -> bool:
-    """Does each rank see a part of the inputs only?"""
-    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1
+def _output_type(layer: Any, dtype: torch.dtype) -> torch.dtype:
+    """The head's are float32, so that rounding makes no two logits alike."""
+    return torch.float32 if isinstance(layer, ParallelLMHead) else dtype
+
+
+def _gathers(layer: Any, scheme: LayerScheme) -> bool:
+    """Does each rank see a part of the inputs only, while what becomes of them depends on all?"""
+    per_token = scheme.linear.activation_bits < 16 and not scheme.linear.static
+    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and (scheme.rotated or per_token)
 
 
 def _rotated(layer: Any, x_NK: Tensor) -> Tensor:
     """The transform mixes all inputs: ranks exchange theirs, and each keeps its part of the result."""
-    if not _gathers(layer):
-        rotated_NK: Tensor = rotate_rows(x_NK)
-        return rotated_NK
     width = x_NK.shape[-1]
     all_NK: Tensor = rotate_rows(tensor_model_parallel_all_gather(x_NK.contiguous(), dim=-1))
     return all_NK[:, layer.tp_rank * width : (layer.tp_rank + 1) * width].contiguous()
 
 
-def _token_scales(layer: Any, x_NK: Tensor, bits: int) -> Tensor:
-    """Of whole tokens, though a rank may see a part of them."""
+def _token_scales(x_NK: Tensor, bits: int) -> Tensor:
+    """Of whole tokens, of which each rank has a part."""
     absmax_N1 = x_NK.float().abs().amax(dim=-1, keepdim=True)
-    if _gathers(layer):
-        absmax_N1 = tensor_model_parallel_all_gather(absmax_N1, dim=-1).amax(dim=-1, keepdim=True)
+    absmax_N1 = tensor_model_parallel_all_gather(absmax_N1, dim=-1).amax(dim=-1, keepdim=True)
     scales_N1: Tensor = token_scales(absmax_N1, bits)
     return scales_N1

@@ -5,8 +5,10 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
 
     vllm_quantization.py   config.json's quantization_config -> a method for each layer; the checkpoint is checked
     vllm_methods.py        parameters, fusing and sharding, what a layer computes
-    vllm_kernels.py        the products, and which of them serves a layer
-    vllm_arithmetic.py     quant.arithmetic in torch
+    vllm_choice.py         which product serves a layer
+    vllm_kernels.py        what a product is; torch's own, by vllm_arithmetic.py, quant.arithmetic in torch
+    vllm_native.py         the native engine's, on CPUs
+    vllm_cuda.py           vLLM's, on CUDA cards
 """
 
 from __future__ import annotations
