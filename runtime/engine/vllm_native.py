@@ -23,7 +23,8 @@ from runtime.engine.vllm_kernels import CodedKernel, FusedWeight, InputScheme
 log = logging.getLogger("vllm.osp")
 
 _KERNELS: WeakValueDictionary[int, NativeKernel] = WeakValueDictionary()
-"""By handle: operators of torch take numbers and tensors only."""
+"""By handle: operators of torch take tensors and numbers only. A compiled graph outlives the process, in vLLM's cache; so
+the handle is a tensor, an input of the graph, and no number that would become part of it."""
 
 
 class NativeKernel(CodedKernel):
@@ -55,8 +56,8 @@ class NativeKernel(CodedKernel):
         self._outputs = weight.outputs
         operands = f"int{weight.bits}" if inputs.bits < 16 else f"float times int{weight.bits}"
         self.name = f"native {operands} ({self._layer.kernel}), {weight.bits} bits a weight"
-        self._handle = id(self)
-        _KERNELS[self._handle] = self
+        self._handle = torch.tensor(id(self))
+        _KERNELS[id(self)] = self
 
     @property
     def weight_bytes(self) -> int:
@@ -103,24 +104,24 @@ def _as_native(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("osp::native_linear", mutates_args=())
-def native_linear(x_NK: Tensor, handle: int, _outputs: int, dtype: torch.dtype) -> Tensor:
+def native_linear(x_NK: Tensor, handle: Tensor, _outputs: int, dtype: torch.dtype) -> Tensor:
     """`NativeKernel.__call__` of the kernel `handle`."""
-    return _KERNELS[handle].run(x_NK, dtype)
+    return _KERNELS[int(handle)].run(x_NK, dtype)
 
 
 @torch.library.custom_op("osp::native_product", mutates_args=())
-def native_product(codes_NK: Tensor, scales_N1: Tensor, handle: int, _outputs: int, dtype: torch.dtype) -> Tensor:
+def native_product(codes_NK: Tensor, scales_N1: Tensor, handle: Tensor, _outputs: int, dtype: torch.dtype) -> Tensor:
     """`NativeKernel.multiply` of the kernel `handle`."""
-    return _KERNELS[handle].run_product(codes_NK, scales_N1, dtype)
+    return _KERNELS[int(handle)].run_product(codes_NK, scales_N1, dtype)
 
 
 @native_linear.register_fake
-def _(x_NK: Tensor, _handle: int, outputs: int, dtype: torch.dtype) -> Tensor:
+def _(x_NK: Tensor, _handle: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
     return x_NK.new_empty((x_NK.shape[0], outputs), dtype=dtype)
 
 
 @native_product.register_fake
-def _(codes_NK: Tensor, _scales_N1: Tensor, _handle: int, outputs: int, dtype: torch.dtype) -> Tensor:
+def _(codes_NK: Tensor, _scales_N1: Tensor, _handle: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
     return codes_NK.new_empty((codes_NK.shape[0], outputs), dtype=dtype)
 
 
