@@ -23,8 +23,8 @@ from runtime.engine.vllm_kernels import CodedKernel, FusedWeight, InputScheme
 log = logging.getLogger("vllm.osp")
 
 _KERNELS: WeakValueDictionary[int, NativeKernel] = WeakValueDictionary()
-"""By handle: operators of torch take tensors and numbers only. A compiled graph outlives the process, in vLLM's cache; so
-the handle is a tensor, an input of the graph, and no number that would become part of it."""
+"""By handle: operators of torch take tensors and numbers only. A compiled graph outlives the process, in vLLM's cache:
+so the handle is a tensor, an input of the graph, and no number that would become part of it."""
 
 
 class NativeKernel(CodedKernel):
