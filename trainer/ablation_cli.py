@@ -49,7 +49,8 @@ def ablate(
         ablation = Ablation(paths, out, preset(preset_name, steps=steps, seed=seed))
         result = ablation.run(quiet=as_json)
     except TrainingStoppedError as stopped:
-        click.echo(json.dumps({"stopped_at_step": stopped.step}) if as_json else f"{out}: {stopped}")
+        note = f"{out}: stopped after step {stopped.step} of a training, which is saved; the same command goes on"
+        click.echo(json.dumps({"stopped_at_step": stopped.step}) if as_json else note)
         return
     except (*USER_ERRORS, ConfigError, DataError, TrainingError, ExportError) as error:
         raise click.ClickException("; ".join([str(error), *getattr(error, "__notes__", [])])) from error
