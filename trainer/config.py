@@ -52,6 +52,7 @@ CHANGEABLE = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "skip_limit",
+        "newton_schulz_dtype",
     }
 )
 """Settings that may differ when a run is resumed."""
@@ -100,6 +101,7 @@ class TrainConfig:
         held_out: share of the documents that training never sees.
         eval_tokens: held-out tokens that each evaluation reads, at most.
         keep_checkpoints: how many of the newest stay on disk, beside the best.
+        newton_schulz_dtype: what Muon orthogonalizes in, "bfloat16" or "float32".
         skip_limit: steps in a row with a loss or gradient that is not finite; so many end the run, fewer are skipped.
         autocast: run matrix products in bfloat16; parameters and optimizer state stay float32.
     """
@@ -115,6 +117,7 @@ class TrainConfig:
     warmup_share: float = 0.02
     decay_share: float = 0.3
     gradient_clip: float = 1.0
+    newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     held_out: float = 0.02
     eval_tokens: int = 16_384
     eval_every: int = 200
@@ -134,6 +137,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, is {getattr(self, name)}")
         if self.recipe not in RECIPES:
             raise ConfigError(f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
+        if self.newton_schulz_dtype not in ("bfloat16", "float32"):
+            raise ConfigError(f"newton_schulz_dtype must be bfloat16 or float32, is {self.newton_schulz_dtype!r}")
         for name in ("matrix_lr", "embedding_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a positive number, is {getattr(self, name)}")

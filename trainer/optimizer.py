@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from trainer.config import RECIPES, TrainConfig
+from trainer.distributed import sharded
 from trainer.model import OSPModel
+from trainer.muon import Muon
 
 ADAM_BETAS = (0.9, 0.95)
 NEWTON_SCHULZ_STEPS = 5
@@ -45,7 +47,10 @@ def parameter_groups(model: OSPModel) -> dict[str, list[nn.Parameter]]:
 
 
 def make_optimizers(model: OSPModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The recipe's optimizers. Each group's `base_lr` is the peak that `set_learning_rate` scales."""
+    """The recipe's optimizers, their state shared among the processes of the run.
+
+    Each group's `base_lr` is the peak that `set_learning_rate` scales.
+    """
     groups, parts = parameter_groups(model), RECIPES[config.recipe]
     tables = {"params": groups["tables"], "lr": config.embedding_lr, "weight_decay": config.weight_decay}
     norms = {"params": groups["norms"], "lr": config.embedding_lr, "weight_decay": 0.0}
@@ -54,17 +59,9 @@ def make_optimizers(model: OSPModel, config: TrainConfig) -> list[torch.optim.Op
     adam_groups = [group for group in (tables, norms, matrices) if group not in muon_groups]
     optimizers: list[torch.optim.Optimizer] = []
     if muon_groups:
-        optimizers.append(
-            torch.optim.Muon(
-                muon_groups,
-                momentum=0.95,
-                nesterov=True,
-                ns_steps=NEWTON_SCHULZ_STEPS,
-                eps=1e-8,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    optimizers.append(torch.optim.AdamW(adam_groups, betas=ADAM_BETAS, eps=1e-8))
+        dtype = getattr(torch, config.newton_schulz_dtype)
+        optimizers.append(sharded(Muon, muon_groups, ns_steps=NEWTON_SCHULZ_STEPS, dtype=dtype))
+    optimizers.append(sharded(torch.optim.AdamW, adam_groups, lr=config.embedding_lr, betas=ADAM_BETAS, eps=1e-8))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["base_lr"] = group["lr"]
     return optimizers

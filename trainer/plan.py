@@ -3,7 +3,8 @@
 FLOPs a step: 6 for each weight of a matrix product and token (forward 2, backward 4), 12 · D · L a layer and token for
 attention over a whole window (what the causal mask leaves out is counted, as usual), and Muon's Newton–Schulz steps.
 Memory on a device: parameters and gradients in float32, the optimizer's state, shared among devices, and what one
-micro-batch keeps for its backward pass. The latter is an estimate: it counts the tensors that the modules keep.
+micro-batch keeps for its backward pass. The latter is an estimate: it counts the tensors that the modules keep. The
+optimizer's state is shared out by whole matrices (`distributed.py`); the device that has most of it counts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ def make_plan(config: TrainConfig, tflops: float | None = None) -> dict[str, Any
     assumed = "given" if tflops is not None else f"{UTILISATION} of a matrix product measured here"
     rate = tflops if tflops is not None else UTILISATION * _measured_tflops(config.autocast)
     per_step = step_flops(model, config)
-    optimizer = optimizer_bytes(model, config)
     return {
         "parameters": {**groups, "total": total, "exported": exported_parameters(config.model)},
         "tokens": config.steps * config.batch_tokens,
@@ -53,7 +53,9 @@ def make_plan(config: TrainConfig, tflops: float | None = None) -> dict[str, Any
         "flops": per_step * config.steps,
         "tflops": rate,
         "assumed": assumed,
-        "devices": [_on(devices, total, optimizer, per_step, rate, config) for devices in DEVICES],
+        "devices": [
+            _on(devices, total, optimizer_bytes(model, config, devices), per_step, rate, config) for devices in DEVICES
+        ],
     }
 
 
@@ -63,7 +65,7 @@ def _on(
     sizes = {
         "parameter_bytes": 4 * parameters,
         "gradient_bytes": 4 * parameters,
-        "optimizer_bytes": -(-optimizer // devices),
+        "optimizer_bytes": optimizer,
         "activation_bytes": activation_bytes(config, devices),
     }
     seconds = per_step * config.steps / (rate * 1e12 * devices)
@@ -96,15 +98,17 @@ def _newton_schulz_flops(model: OSPModel, config: TrainConfig) -> int:
     return flops
 
 
-def optimizer_bytes(model: OSPModel, config: TrainConfig) -> int:
-    """State that the recipe's optimizers keep, in float32: one moment a parameter for Muon, two for Adam."""
-    size = 0
+def optimizer_bytes(model: OSPModel, config: TrainConfig, devices: int = 1) -> int:
+    """State of the recipe's optimizers on the device that holds most, in float32: one moment for Muon, two for Adam."""
+    held = [0] * devices
     for optimizer in make_optimizers(model, config):
+        counts = [0] * devices
+        for group in optimizer.param_groups:
+            for count in sorted((parameter.numel() for parameter in group["params"]), reverse=True):
+                counts[counts.index(min(counts))] += count
         moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
-        size += sum(
-            4 * moments * parameter.numel() for group in optimizer.param_groups for parameter in group["params"]
-        )
-    return size
+        held = [size + 4 * moments * count for size, count in zip(held, counts, strict=True)]
+    return max(held)
 
 
 def activation_bytes(config: TrainConfig, devices: int = 1) -> int:

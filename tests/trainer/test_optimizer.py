@@ -5,6 +5,7 @@ import torch
 
 from trainer.config import RECIPES, ConfigError, ModelConfig, TrainConfig
 from trainer.model import OSPModel
+from trainer.muon import NEWTON_SCHULZ, Muon
 from trainer.optimizer import learning_rate_share, make_optimizers, parameter_groups, set_learning_rate
 
 SHAPE = ModelConfig(96, 48, 80, num_layers=2, num_heads=4, context_length=32)
@@ -18,7 +19,7 @@ def names_in(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> se
 def test_muon_gets_every_matrix_of_the_body_and_both_projections():
     model = OSPModel(SHAPE, "osp")
     muon, adam = make_optimizers(model, TrainConfig(SHAPE))
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     got = names_in(model, [p for group in muon.param_groups for p in group["params"]])
     block = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     block += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -32,15 +33,24 @@ def test_muon_gets_every_matrix_of_the_body_and_both_projections():
 
 def test_muon_has_the_papers_settings():
     muon, _ = make_optimizers(OSPModel(SHAPE, "osp"), TrainConfig(SHAPE, weight_decay=0.01))
-    settings = {key: muon.defaults[key] for key in ("momentum", "nesterov", "ns_steps", "adjust_lr_fn", "eps")}
-    assert settings == {
+    assert {key: muon.defaults[key] for key in ("momentum", "ns_steps", "eps")} == {
         "momentum": 0.95,
-        "nesterov": True,
         "ns_steps": 5,
-        "adjust_lr_fn": "match_rms_adamw",
         "eps": 1e-8,
     }
+    assert NEWTON_SCHULZ == (3.4445, -4.7750, 2.0315)
     assert muon.param_groups[0]["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_newton_schulz_computes_in_the_type_that_is_set(dtype):
+    muon, _ = make_optimizers(OSPModel(SHAPE, "osp"), TrainConfig(SHAPE, newton_schulz_dtype=dtype))
+    assert muon.dtype == getattr(torch, dtype)
+
+
+def test_newton_schulz_in_another_type_is_refused():
+    with pytest.raises(ConfigError, match=r"newton_schulz_dtype.*'float16'"):
+        TrainConfig(SHAPE, newton_schulz_dtype="float16")
 
 
 def test_the_adam_twin_uses_adam_for_everything():
@@ -65,9 +75,7 @@ def test_every_parameter_is_in_one_group_of_one_optimizer(recipe):
 def test_what_muon_trains_in_the_ablations(recipe, tables, matrices):
     model = OSPModel(SHAPE, recipe)
     optimizers = make_optimizers(model, TrainConfig(SHAPE, recipe=recipe))
-    muon = [
-        p for o in optimizers if isinstance(o, torch.optim.Muon) for group in o.param_groups for p in group["params"]
-    ]
+    muon = [p for o in optimizers if isinstance(o, Muon) for group in o.param_groups for p in group["params"]]
     names = names_in(model, muon)
     assert len(names & {"embed_tokens.weight", "lm_head.weight"}) == tables
     assert len(names) == tables + matrices

@@ -76,7 +76,13 @@ def test_more_devices_take_less_memory_and_time():
     rows = make_plan(PRESETS["135m"], tflops=100)["devices"]
     assert [row["devices"] for row in rows] == [1, 2, 4, 8]
     assert rows[0]["hours"] == pytest.approx(8 * rows[3]["hours"])
-    assert rows[0]["optimizer_bytes"] == pytest.approx(8 * rows[3]["optimizer_bytes"], rel=1e-6)
+    sizes = [row["optimizer_bytes"] for row in rows]
+    # Two devices share everything; from four on, a table (vocabulary x width, two moments) stays whole on one.
+    assert sizes[0] == pytest.approx(2 * sizes[1], rel=1e-2)
+    assert all(
+        2 * 4 * 49_152 * 576 < size < 1.01 * 2 * 4 * 49_152 * 576 + sizes[0] / count
+        for size, count in zip(sizes[2:], (4, 8), strict=True)
+    )
     assert all(
         row["bytes"] == sum(row[f"{of}_bytes"] for of in ("parameter", "gradient", "optimizer", "activation"))
         for row in rows
