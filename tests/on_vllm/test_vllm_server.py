@@ -1,19 +1,33 @@
-"""`osp serve --engine vllm` as a process, when vLLM's own process is killed under it. Runs where vLLM is installed."""
+"""The bundled 4-bit model in `osp serve --engine vllm`: what it computes, which kernels it runs, and how it ends when
+vLLM's own process is killed under it. Runs where vLLM is installed.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from served_engine import START_S
 from server_process import EVENT_A_TOKEN, ServerProcess, osp_serve, running_server
+
+from benchmarks.served_perplexity import computed_scores, served_scores, tokenize
+from quant.text import windows
+from runtime.model_store import resolve_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; docs/vllm.md says how")
 psutil = pytest.importorskip("psutil")  # vLLM brings it
 
-OPTIONS = ("demo-16bit", "--engine", "vllm", "--vllm.enforce-eager", "--vllm.max-num-seqs=16")
+# float32: what lies between the layers is then rounded as in the reference engine, and few inputs get another code.
+OPTIONS = ("demo", "--engine", "vllm", "--vllm.enforce-eager", "--vllm.max-num-seqs=16", "--vllm.dtype=float32")
+TEXT = Path(__file__).parents[2] / "docs" / "training.md"
 BODY = {"prompt": "The history of", "max_tokens": 400, "ignore_eos": True}
 
 
@@ -31,29 +45,60 @@ class Waiting(threading.Thread):
         self.answered = time.monotonic()
 
 
-def test_a_killed_engine_fails_who_waits_and_ends_the_server() -> None:
-    with running_server(*OPTIONS, *EVENT_A_TOKEN, start_s=240) as server:
-        assert httpx.post(f"{server.url}/v1/completions", json={**BODY, "max_tokens": 2}, timeout=60).status_code == 200
-        clients = [Waiting(server) for _ in range(3)]
-        for client in clients:
-            client.start()
-        while "osp_num_requests_running{" not in (text := httpx.get(f"{server.url}/metrics").text) or not any(
-            line.startswith("osp_num_requests_running{") and float(line.split()[-1]) >= 3 for line in text.splitlines()
-        ):
-            time.sleep(0.05)
-        engines = [c for c in psutil.Process(server.process.pid).children(recursive=True) if "EngineCore" in name(c)]
-        killed = time.monotonic()
-        for engine in engines:
-            engine.kill()
-        assert engines
-        for client in clients:
-            client.join(20)
-            assert client.answer is not None
-            assert client.answer.status_code == 503
-            assert client.answer.json()["error"]["code"] == "engine_dead"
-            assert client.answered - killed < 5
-        assert server.process.wait(30) == 1
-        server.log.wait_for("Error: vLLM's process has ended")
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    """The last test that uses it kills its engine."""
+    with running_server(*OPTIONS, *EVENT_A_TOKEN, start_s=START_S, VLLM_CPU_KVCACHE_SPACE="1") as running:
+        yield running
+
+
+def test_perplexity_is_the_reference_engine_s(server: ServerProcess) -> None:
+    """vLLM has no 4-bit KV cache, so neither has the oracle."""
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        cut = list(windows([tokenize(client, TEXT.read_text("utf-8"))], 256))[:6]
+        served = served_scores(client, cut)
+    computed = computed_scores("reference", resolve_model("demo"), cut, kv_bits=16)
+    assert len(served) == len(computed) > 1000
+    assert math.exp(abs(served.mean() - computed.mean())) < 1.005
+    # A sum in another order moves an input across a rounding boundary now and then, and that token's score with it.
+    assert np.abs(served - computed).mean() < 0.05
+
+
+def test_metrics_and_the_log_name_the_kernel_of_each_layer(server: ServerProcess) -> None:
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    [labels] = [sample.labels for family in families for sample in family.samples if sample.name == "osp_engine_info"]
+    assert (labels["engine"], labels["precision"]) == ("vllm", "w4a4-kv4-head8-embedding8")
+    server.log.wait_for(r"engine vllm: kernel native int4 \(")
+    # Four bits a weight in memory, as in the checkpoint; the demo model's head has eight.
+    int4, int8 = labels["kernel"].split("; ")
+    assert int4.startswith("native int4 (")
+    assert int4.endswith("4 bits a weight (qkv_proj, o_proj, gate_up_proj, down_proj)")
+    assert int8.startswith("native ")
+    assert int8.endswith("8 bits a weight (lm_head)")
+
+
+def test_a_killed_engine_fails_who_waits_and_ends_the_server(server: ServerProcess) -> None:
+    assert httpx.post(f"{server.url}/v1/completions", json={**BODY, "max_tokens": 2}, timeout=60).status_code == 200
+    clients = [Waiting(server) for _ in range(3)]
+    for client in clients:
+        client.start()
+    while "osp_num_requests_running{" not in (text := httpx.get(f"{server.url}/metrics").text) or not any(
+        line.startswith("osp_num_requests_running{") and float(line.split()[-1]) >= 3 for line in text.splitlines()
+    ):
+        time.sleep(0.05)
+    engines = [c for c in psutil.Process(server.process.pid).children(recursive=True) if "EngineCore" in name(c)]
+    killed = time.monotonic()
+    for engine in engines:
+        engine.kill()
+    assert engines
+    for client in clients:
+        client.join(20)
+        assert client.answer is not None
+        assert client.answer.status_code == 503
+        assert client.answer.json()["error"]["code"] == "engine_dead"
+        assert client.answered - killed < 5
+    assert server.process.wait(30) == 1
+    server.log.wait_for("Error: vLLM's process has ended")
 
 
 def name(process: Any) -> str:

@@ -184,9 +184,9 @@ def test_biases_and_penalties_reach_the_engine(chat_client: openai.OpenAI, chat_
     [b] = chat_tokenizer.encode("b", add_special_tokens=False)
     assert texts(create(chat_client, logit_bias={str(a): 100})) == ["aaaaaa"]
     two = {"allowed_token_ids": [a, b]}
-    biased = create(chat_client, two, logit_bias={str(a): 3}, temperature=0, max_tokens=12)
+    biased = create(chat_client, two, logit_bias={str(a): 8}, temperature=0, max_tokens=12)
     penalized = create(
-        chat_client, two, logit_bias={str(a): 3}, temperature=0, max_tokens=12, frequency_penalty=2, presence_penalty=2
+        chat_client, two, logit_bias={str(a): 8}, temperature=0, max_tokens=12, frequency_penalty=2, presence_penalty=2
     )
     assert texts(penalized)[0].count("b") > texts(biased)[0].count("b")
     for narrowed in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}, {"temperature": 1e-9}):
