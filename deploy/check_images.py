@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -198,6 +199,8 @@ def main() -> None:
     if unknown := set(options.targets) - set(targets):
         parser.error(f"no target {', '.join(unknown)}")
     missing = [name for name in ("buildah", "debootstrap", "unshare") if shutil.which(name) is None]
+    if importlib.util.find_spec("pip") is None:
+        missing.append(f"pip for {sys.executable}")
     if os.geteuid() != 0 or missing:
         sys.exit(f"needs root and {', '.join(missing) or 'nothing else'}")
     options.work.mkdir(parents=True, exist_ok=True)
