@@ -66,6 +66,7 @@ def train(
     import torch
 
     from quant.llama import CheckpointError
+    from trainer import distributed
     from trainer.data import DataError
     from trainer.export import ExportError
     from trainer.plan import format_plan, make_plan
@@ -96,10 +97,13 @@ def train(
             paths, out, config, resume=resume, tokenizer=tokenizer, dtype=weights_dtype, quiet=as_json
         )
     except TrainingStoppedError as stopped:
-        click.echo(json.dumps({"stopped_at_step": stopped.step}) if as_json else f"{out}: {stopped}")
+        if distributed.rank() == 0:
+            click.echo(json.dumps({"stopped_at_step": stopped.step}) if as_json else f"{out}: {stopped}")
         return
     except (ConfigError, TextError, DataError, CheckpointError, TrainingError, ExportError, OSError) as error:
         raise click.ClickException(str(error)) from None
+    if distributed.rank() > 0:
+        return
     if as_json:
         click.echo(json.dumps({"checkpoint": str(out / "final"), **report}))
     else:

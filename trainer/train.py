@@ -16,15 +16,17 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from trainer import outliers
+from trainer import distributed, outliers
 from trainer.atomic_file import replace_json, replacing
 from trainer.checkpoints import (
     TrainingError,
@@ -58,7 +60,7 @@ class Trainer:
     Attributes:
         step: finished optimizer steps, skipped ones too; it is also the data cursor.
         best: step and held-out loss of the best checkpoint so far.
-        rank, world_size: this process reads the rows of number `rank` of those that `world_size` share.
+        replica: `model` as training calls it, so that gradients are those of all processes of the run.
     """
 
     config: TrainConfig
@@ -67,20 +69,19 @@ class Trainer:
     model: OSPModel
     optimizers: list[torch.optim.Optimizer]
     guard: StepGuard
-    rank: int = 0
-    world_size: int = 1
+    replica: nn.Module
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def start(
-        cls, config: TrainConfig, directory: Path, streams: TokenStreams, rank: int = 0, world_size: int = 1
-    ) -> Trainer:
-        """A fresh run. What shares a run among devices wraps model and optimizers here."""
+    def start(cls, config: TrainConfig, directory: Path, streams: TokenStreams) -> Trainer:
+        """A fresh run, shared among the processes that there are."""
         seed_generators(config.seed)
         model = OSPModel(config.model, config.recipe)
-        guard = StepGuard(config.skip_limit)
-        return cls(config, directory, streams, model, make_optimizers(model, config), guard, rank, world_size)
+        optimizers = make_optimizers(model, config)
+        return cls(
+            config, directory, streams, model, optimizers, StepGuard(config.skip_limit), distributed.replicated(model)
+        )
 
     def run(self, quiet: bool = False) -> dict[str, float]:
         """Trains up to `config.steps`, with a progress bar on stderr unless `quiet`; returns the last evaluation.
@@ -92,12 +93,12 @@ class Trainer:
         config = self.config
         tokens_at_start, started = self.step * config.batch_tokens, time.monotonic()
         evaluation = self.evaluate()
-        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=True if quiet else None)
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=quiet or distributed.rank() > 0 or None)
         with bar, self._log() as log, stop_requests() as stop_requested:
             while self.step < config.steps:
                 loss = self.train_step()
                 bar.update()
-                last, stopping = self.step == config.steps, stop_requested()
+                last, stopping = self.step == config.steps, distributed.any_of(stop_requested())
                 saving = self.step % config.checkpoint_every == 0 or last or stopping
                 if self.step % config.eval_every == 0 or saving:
                     evaluation = self.evaluate()
@@ -116,7 +117,12 @@ class Trainer:
         return evaluation
 
     def _log(self) -> TextIO:
-        """metrics.jsonl to append to, without the lines of steps that a killed run took after its last checkpoint."""
+        """metrics.jsonl to append to, without the lines of steps that a killed run took after its last checkpoint.
+
+        Only process 0 keeps a log.
+        """
+        if distributed.rank() > 0:
+            return open(os.devnull, "w", encoding="utf-8")
         file = self.directory / "metrics.jsonl"
         if file.exists():
             lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -134,13 +140,7 @@ class Trainer:
             TrainingError: `config.skip_limit` steps in a row were not finite.
         """
         set_learning_rate(self.optimizers, learning_rate_share(self.step, self.config))
-        windows_BL = training_batch(self.streams.train, self.config, self.step, self.rank, self.world_size)
-        loss = 0.0
-        rows = max(1, self.config.micro_batch_tokens // self.config.model.context_length)
-        for part_BL in torch.split(windows_BL, rows):
-            share_loss = self._loss(part_BL) * (len(part_BL) / len(windows_BL))
-            torch.autograd.backward(share_loss)
-            loss += share_loss.item()
+        loss = self._gradients()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.guard.accepts(loss, norm.item()):
@@ -154,9 +154,25 @@ class Trainer:
         self.step += 1
         return loss
 
+    def _gradients(self) -> float:
+        """Adds the gradients of the step's rows, those of this process in micro-batches; returns the loss of all."""
+        rank, processes = distributed.rank(), distributed.world_size()
+        windows_BL = training_batch(self.streams.train, self.config, self.step, rank, processes)
+        loss = 0.0
+        *parts, last_BL = torch.split(
+            windows_BL, max(1, self.config.micro_batch_tokens // self.config.model.context_length)
+        )
+        for part_BL in (*parts, last_BL):
+            alone = part_BL is not last_BL  # the last one brings the sum of all to the other processes
+            with distributed.adding_up(self.replica) if alone else nullcontext():
+                share_loss = self._loss(self.replica, part_BL) * (len(part_BL) / len(windows_BL))
+                torch.autograd.backward(share_loss)
+            loss += share_loss.item()
+        return distributed.mean_of(loss)
+
     def _not_finite(self, loss: float, norm: float) -> str:
         length, stream = self.config.model.context_length, self.streams.train
-        starts = window_starts(len(stream), self.config, self.step, self.rank, self.world_size)
+        starts = window_starts(len(stream), self.config, self.step, distributed.rank(), distributed.world_size())
         shards = sorted({file for start in starts for file in stream.files_of(start, start + length + 1)})
         return (
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {self.guard.in_a_row} steps in a row had to be "
@@ -168,9 +184,9 @@ class Trainer:
         start = f"{found[-1]} is untouched: --resume with" if found else "There is no checkpoint yet: start with"
         return f"{start} a lower --matrix-lr and --embedding-lr"
 
-    def _loss(self, windows_BL: torch.Tensor) -> torch.Tensor:
+    def _loss(self, model: nn.Module, windows_BL: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.autocast):
-            logits_BLV = self.model(windows_BL[:, :-1])
+            logits_BLV = model(windows_BL[:, :-1])
         return F.cross_entropy(logits_BLV.float().flatten(0, 1), windows_BL[:, 1:].flatten())
 
     @torch.no_grad()
@@ -179,7 +195,7 @@ class Trainer:
         self.model.eval()
         windows_BL = held_out_windows(self.streams.held_out, self.config.model.context_length, self.config.eval_tokens)
         batches = torch.split(windows_BL, EVAL_ROWS)
-        total = sum(self._loss(batch).item() * batch.shape[0] for batch in batches)
+        total = sum(self._loss(self.model, batch).item() * batch.shape[0] for batch in batches)
         measured = outliers.residual_outliers(self.model, windows_BL[:KURTOSIS_WINDOWS, :-1])
         self.model.train()
         return {
@@ -191,6 +207,8 @@ class Trainer:
     def save(self, held_out_loss: float = math.inf) -> None:
         """Writes a checkpoint, and drops all but the newest `config.keep_checkpoints` and the best.
 
+        Process 0 writes the state of all, which must call this too.
+
         Raises:
             TrainingError: it could not be written, or the loss is NaN and so is the model; the others are as they were.
         """
@@ -199,6 +217,9 @@ class Trainer:
                 f"step {self.step}: the held-out loss is NaN, so that nothing is saved. "
                 f"{first_bad_parameter(self.model)}. {self._way_back()}"
             )
+        optimizers = distributed.whole_states(self.optimizers)
+        if distributed.rank() > 0:
+            return
         best = {"step": self.step, "held_out_loss": held_out_loss}
         if held_out_loss < self.best.get("held_out_loss", math.inf):
             self.best = best
@@ -209,7 +230,7 @@ class Trainer:
             "skipped": [self.guard.skipped, self.guard.in_a_row],
             "random": random_state(),
             "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": optimizers,
         }
         file = write_checkpoint(self.directory, state)
         if self.best is best:
@@ -240,6 +261,7 @@ def _finite(line: dict[str, float]) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in line.items()}
 
 
+@distributed.process_group()
 def train(
     paths: Sequence[str | os.PathLike[str]],
     directory: Path,
@@ -251,6 +273,8 @@ def train(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Trains a model on `paths` and exports it to `directory/final`; returns what osp.json says of the training.
+
+    Processes that `torchrun` started share the run; they must see the same `directory`.
 
     Raises:
         TextError, DataError, ConfigError, TrainingError: see `data.prepare` and `Trainer.restore`; ConfigError also
@@ -264,7 +288,9 @@ def train(
     if resume and not found:
         raise ConfigError(f"{directory} holds no checkpoint to resume from")
     directory.mkdir(parents=True, exist_ok=True)
-    streams = prepare(paths, directory / "data", config, resume=resume, tokenizer=tokenizer)
+    with distributed.process_0_first():
+        opened = resume or distributed.rank() > 0
+        streams = prepare(paths, directory / "data", config, resume=opened, tokenizer=tokenizer)
     return train_on(streams, directory, config, dtype=dtype, quiet=quiet)
 
 
@@ -283,15 +309,13 @@ def train_on(
     trainer = Trainer.start(config, directory, streams)
     if found := checkpoints(directory):
         trainer.restore(found[-1])
-    replace_json(directory / "config.json", config.to_dict())
+    if distributed.rank() == 0:
+        replace_json(directory / "config.json", config.to_dict())
     return _export(trainer, trainer.run(quiet), dtype)
 
 
 def _export(trainer: Trainer, evaluation: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
     config, streams = trainer.config, trainer.streams
-    final = trainer.directory / "final"
-    final.mkdir(exist_ok=True)
-    save_tokenizer(streams.tokenizer, final, config.model.context_length)
     report = {
         "recipe": config.recipe,
         "steps": config.steps,
@@ -304,5 +328,9 @@ def _export(trainer: Trainer, evaluation: dict[str, float], dtype: torch.dtype) 
         "settings": config.to_dict(),
         **{key: round(value, 6) for key, value in evaluation.items()},
     }
-    export(trainer.model, final, report, streams.end_token_id, dtype)
+    if distributed.rank() == 0:
+        final = trainer.directory / "final"
+        final.mkdir(exist_ok=True)
+        save_tokenizer(streams.tokenizer, final, config.model.context_length)
+        export(trainer.model, final, report, streams.end_token_id, dtype)
     return report
