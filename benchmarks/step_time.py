@@ -1,9 +1,10 @@
 """What a training step of OSP costs over one of AdamW, and Muon over torch's, in turn in one run.
 
-    python -m benchmarks.step_time [--preset 17m] [--rounds 7] [--threads 2] [--json]
+    python -m benchmarks.step_time [--preset 17m] [--rounds 5] [--threads 1] [--json]
 
 Every round takes a step of each trainer, then a step of each Muon on the gradients that are there. Results are medians
-of ratios within a round.
+of ratios within a round. Seconds are those of the processor that the process used, all threads together, so that what a
+shared machine does meanwhile counts little; threads that wait for one another count too, so that one is the fairest.
 """
 
 from __future__ import annotations
@@ -67,21 +68,20 @@ class Step:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 @click.command()
 @click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="17m", show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Of a step.  [default: the preset's]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def main(preset_name: str, rounds: int, batch_tokens: int | None, threads: int | None, as_json: bool) -> None:
+def main(preset_name: str, rounds: int, batch_tokens: int | None, threads: int, as_json: bool) -> None:
     """Times steps of OSP and of AdamW, and of our Muon and torch's, in turn."""
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     adam = Step.of(preset(preset_name, recipe="adam", batch_tokens=batch_tokens))
     osp = Step.of(preset(preset_name, recipe="osp", batch_tokens=batch_tokens))
     matrices = parameter_groups(osp.model)["matrices"]
@@ -97,7 +97,7 @@ def main(preset_name: str, rounds: int, batch_tokens: int | None, threads: int |
     result = {
         "preset": preset_name,
         "batch_tokens": osp.config.batch_tokens,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "rounds": rounds,
         **{name: median(row[name] for row in rows) for name in rows[0]},
         "osp_over_adam": median(row["osp_s"] / row["adam_s"] for row in rows),
