@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -218,7 +219,9 @@ def test_a_percentile_is_the_clip_bound(percentile, bits):
     values = DISTRIBUTIONS["student"].astype(ml_dtypes.bfloat16).astype(np.float32)
     histogram = Histogram()
     histogram.add(values, "x")
-    bound = np.percentile(np.abs(values), percentile, method="inverted_cdf")
+    # numpy 2.0's own "inverted_cdf" is off by one value where a product is rounded.
+    count = math.ceil(Fraction(str(percentile)) / 100 * len(values))
+    bound = np.sort(np.abs(values))[count - 1]
     choice = histogram.choose_scale("x", bits, percentile=percentile)
     assert choice.scale == arithmetic.tensor_scale(float(bound), bits=bits)
     assert choice.mse == pytest.approx(error(values, choice.scale, bits), rel=1e-9)

@@ -10,12 +10,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import transformers
 from chat_checkpoint import CHAT_CONTEXT
 from server_process import ServerProcess
 from transformers import PreTrainedTokenizerFast
 
 from runtime.text.tokenizer import Tokenizer
 
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 JSON = {"content-type": "application/json"}
 HELLO = {"role": "user", "content": "Hello there 😀"}
 TURNS = [{"role": "system", "content": "Be brief."}, HELLO, {"role": "assistant", "content": "Hi"}, HELLO]
@@ -100,6 +102,8 @@ def test_prompts_are_transformers_own(
         ({"continue_final_message": True}, {"continue_final_message": True}),
         ({"add_generation_prompt": True, "mood": "glad"}, {"chat_template_kwargs": {"mood": "glad"}}),
     ):
+        if "continue_final_message" in options and TRANSFORMERS < (5, 22):
+            continue  # older ones take the first message with the last one's text for the last
         expected = oracle.apply_chat_template(messages, return_dict=False, **options)
         assert create(chat_client, messages, extra).prompt_token_ids == expected, options
 

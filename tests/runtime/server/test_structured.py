@@ -155,7 +155,9 @@ def test_what_cannot_be_is_named(chat_server: ServerProcess, demand: dict[str, A
 def test_a_form_that_becomes_too_much_on_the_way_is_the_requests_own_fault(chat_server: ServerProcess) -> None:
     for stream in (False, True):
         response = post(chat_server, guided_regex="ba{1000000}", stream=stream)
-        if stream:
+        if response.status_code == 400 and response.json()["error"]["param"] == "guided_regex":
+            assert "takes more than" in response.text  # a busy machine gives up before the text begins
+        elif stream:
             assert '"code": "unsatisfiable"' in response.text
             assert response.text.endswith("data: [DONE]\n\n")
         else:
