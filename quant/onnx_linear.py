@@ -5,13 +5,17 @@ its own for each block of inputs, absmax / 127, and rounds them to int8: codes o
 block has one input more, always 127, whose weight is zero: its absmax is 127, its scale is 1, and every code stays what
 it is. The sums are then integers that float32 holds, exact in any order.
 
-    codes of inputs  weights      operator                                     weights in memory
-    4 bits           4 bits       MatMulNBits, level 4, padded as above        4 bits, and what pads them
-    4 or 8 bits      4 or 8 bits  MatMulInteger of uint8: sums in int32        8 bits
-    not quantized    4 or 8 bits  MatMulNBits, level 1: products of floats     4 or 8 bits
-    not quantized    16 or 32     MatMul of floats                             32 bits
+    codes of inputs        weights      operator                                weights in memory
+    4 bits, or 8 a token   4 bits       MatMulNBits, level 4, padded as above   4 bits, and what pads them
+    4 or 8 bits            4 or 8 bits  MatMulInteger of uint8: sums in int32   8 bits
+    not quantized          4 or 8 bits  MatMulNBits, level 1: products of       4 or 8 bits
+                                        floats
+    not quantized          16 or 32     MatMul of floats                        32 bits
 
 uint8 on both sides, because the kernels of int8 weights without VNNI saturate sums of two products in 16 bits.
+
+Level 4 rounds half to even as the scheme does, so that no node has to before. Every node costs a decoding step a few
+microseconds, as much as a small product.
 
 Shapes: a layer's input is [B, L, K], its output [B, L, M].
 """
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,21 +46,29 @@ INTEGERS, FLOATS = 4, 1
 FULL_BLOCK = 127
 """The input that gives a block the scale 1."""
 
+EXACT_SUM = 1 << 24
+"""float32 holds all integers up to it."""
+
 
 def add_linears(graph: GraphBuilder, x: str, layers: dict[str, Linear]) -> list[str]:
-    """Layers that read one tensor `x`, by their names; gives the names of what each computes, [B, L, M].
-
-    They become one matrix where their codes and inputs have the same bits: one pass over the inputs, one product.
-    """
-    joined = _joined(list(layers.values()))
-    if joined is None:
-        return [add_linear(graph, x, name, layer) for name, layer in layers.items()]
-    name = "+".join(layers)
-    product = add_linear(graph, x, name, joined)
+    """Layers that read one tensor `x`, by their names; gives the names of what each computes, [B, L, M]."""
+    product = add_joined(graph, x, layers)
     if len(layers) == 1:
         return [product]
     sizes = graph.shape(*(_rows(layer) for layer in layers.values()))
     return graph.nodes("Split", [product, sizes], len(layers), axis=-1)
+
+
+def add_joined(graph: GraphBuilder, x: str, layers: dict[str, Linear]) -> str:
+    """Layers that read one tensor `x`; gives the name of what they compute side by side, [B, L, sum of M].
+
+    They become one matrix where their codes and inputs have the same bits: one pass over the inputs, one product.
+    """
+    joined = _joined(list(layers.values()))
+    if joined is not None:
+        return add_linear(graph, x, "+".join(layers), joined)
+    products = [add_linear(graph, x, name, layer) for name, layer in layers.items()]
+    return graph.node("Concat", *products, axis=-1)
 
 
 def add_linear(graph: GraphBuilder, x: str, name: str, layer: Linear) -> str:
@@ -68,11 +81,10 @@ def add_linear(graph: GraphBuilder, x: str, name: str, layer: Linear) -> str:
         sums = _float_product(graph, x, name, layer.weight)
         return graph.node("Mul", sums, graph.weight(f"{name}.scale", layer.weight.scale))
     scale = _token_scale(graph, x, layer.input_bits) if layer.input_scale is None else graph.constant(layer.input_scale)
-    codes = add_quantize(graph, x, scale, layer.input_bits)
-    if (layer.input_bits, layer.weight.bits) == (4, 4):
-        sums = _narrow_product(graph, codes, name, layer.weight)
+    if _is_narrow(layer):
+        sums = _narrow_product(graph, graph.node("Div", x, scale), name, layer)
     else:
-        sums = _integer_product(graph, codes, name, layer.weight)
+        sums = _integer_product(graph, add_quantize(graph, x, scale, layer.input_bits), name, layer.weight)
     if layer.input_scale is not None:
         return graph.node("Mul", sums, graph.weight(f"{name}.scale", layer.weight.scale * layer.input_scale))
     both = graph.node("Mul", scale, graph.weight(f"{name}.scale", layer.weight.scale))
@@ -90,18 +102,25 @@ def add_quantize(graph: GraphBuilder, x: str, scale: str, bits: int) -> str:
 
 
 def add_hadamard(graph: GraphBuilder, x: str, width: int) -> str:
-    """`Hadamard.of_width(width)` of each `width` channels of [B, L, a multiple of width].
+    """`Hadamard.of_width(width)` of [B, L, width].
 
-    Two products with matrices of +1 and -1, whose sums have another order than those of `Hadamard.apply`.
+    Two products with matrices of signs, whose sums have another order than those of `Hadamard.apply`.
     """
     transform = Hadamard.of_width(width)
-    y = graph.node("Reshape", x, graph.shape(0, 0, -1, transform.base, transform.power))
-    if transform.power > 1:
-        y = graph.node("MatMul", y, _signs(graph, f"sylvester.{transform.power}", sylvester(transform.power)))
+    factor = 1 / np.sqrt(transform.base * transform.power)
+    y = graph.node("Reshape", x, graph.shape(0, 0, transform.blocks * transform.base, transform.power))
+    name = f"sylvester.{transform.power}.{transform.base}"
+    y = graph.node("MatMul", y, graph.shared_weight(name, lambda: _floats(sylvester(transform.power) * factor)))
     if transform.base > 1:
-        y = graph.node("MatMul", _signs(graph, f"hadamard.{transform.base}", base_matrix(transform.base)), y)
-    y = graph.node("Mul", y, graph.constant(1 / np.sqrt(transform.base * transform.power)))
-    return graph.node("Reshape", y, graph.node("Shape", x))
+        name = f"hadamard.{transform.base}"
+        y = graph.node("MatMul", graph.shared_weight(name, lambda: _floats(base_matrix(transform.base))), y)
+    return graph.node("Reshape", y, graph.shape(0, 0, width))
+
+
+def add_head_hadamard(graph: GraphBuilder, x: str, width: int) -> str:
+    """`Hadamard.of_width(width)` of the last axis of [B, L, heads, width], as one product."""
+    matrix = graph.shared_weight(f"heads.{width}", lambda: _floats(Hadamard.of_width(width).matrix().T))
+    return graph.node("MatMul", x, matrix)
 
 
 def block_size(columns: int) -> int:
@@ -120,20 +139,29 @@ def pack_blocks(codes_MK: NDArray[np.int8], size: int, bits: int = 4) -> NDArray
     return stored.reshape(rows, -1, size * bits // 8)
 
 
-def _narrow_product(graph: GraphBuilder, codes: str, name: str, weight: QuantizedWeight) -> str:
-    """Exact sums of products of 4-bit codes."""
-    rows, columns = weight.shape
+def _is_narrow(layer: QuantizedLinear) -> bool:
+    """Whether level 4 holds the input's codes. With 8 bits a static scale's may be -128, a token's own may not."""
+    symmetric = layer.input_scale is None and 127 * 8 * layer.weight.columns <= EXACT_SUM
+    return layer.weight.bits == 4 and (layer.input_bits == 4 or symmetric)
+
+
+def _narrow_product(graph: GraphBuilder, x: str, name: str, layer: QuantizedLinear) -> str:
+    """Exact sums of products of codes; `x` has still to be clipped and rounded."""
+    rows, columns = layer.weight.shape
     size = block_size(columns)
     blocks = -(-columns // (size - 1))
     missing = blocks * (size - 1) - columns
+    lowest, highest = arithmetic.code_range(layer.input_bits)
+    # No code is beyond -127, but x / (absmax / 127) may be, by its last digit, and would change the block's scale.
+    x = graph.node("Clip", x, graph.constant(max(lowest, -FULL_BLOCK)), graph.constant(highest))
     if missing:
-        codes = graph.node("Pad", codes, graph.shape(0, 0, 0, 0, 0, missing))
-    codes = graph.node("Reshape", codes, graph.shape(0, 0, blocks, size - 1))
-    codes = graph.node("Pad", codes, graph.shape(0, 0, 0, 0, 0, 0, 0, 1), graph.constant(FULL_BLOCK))
-    codes = graph.node("Reshape", codes, graph.shape(0, 0, blocks * size))
-    padded_MBC = np.pad(weight.codes, ((0, 0), (0, missing))).reshape(rows, blocks, size - 1)
+        x = graph.node("Pad", x, graph.shape(0, 0, 0, 0, 0, missing))
+    x = graph.node("Reshape", x, graph.shape(0, 0, blocks, size - 1))
+    x = graph.node("Pad", x, graph.shape(0, 0, 0, 0, 0, 0, 0, 1), graph.constant(FULL_BLOCK))
+    x = graph.node("Reshape", x, graph.shape(0, 0, blocks * size))
+    padded_MBC = np.pad(layer.weight.codes, ((0, 0), (0, missing))).reshape(rows, blocks, size - 1)
     padded_MK = np.pad(padded_MBC, ((0, 0), (0, 0), (0, 1))).reshape(rows, blocks * size)
-    return _blocked_product(graph, codes, name, padded_MK, 4, size, INTEGERS)
+    return _blocked_product(graph, x, name, padded_MK, 4, size, INTEGERS)
 
 
 def _float_product(graph: GraphBuilder, x: str, name: str, weight: QuantizedWeight) -> str:
@@ -189,5 +217,5 @@ def _rows(layer: Linear) -> int:
     return layer.weight.shape[0] if isinstance(layer, QuantizedLinear) else layer.shape[0]
 
 
-def _signs(graph: GraphBuilder, name: str, matrix: NDArray[np.int8]) -> str:
-    return graph.shared_weight(name, lambda: matrix.astype(np.float32))
+def _floats(matrix: NDArray[Any]) -> NDArray[np.float32]:
+    return matrix.astype(np.float32)

@@ -27,7 +27,13 @@ from quant import arithmetic
 from quant.format import CheckpointReader, QuantizedWeight
 from quant.llama import EMBEDDING, HEAD, LlamaConfig
 from quant.onnx_graph import CONTRIB, GraphBuilder, np_kind
-from quant.onnx_linear import Linear, add_hadamard, add_linear, add_linears
+from quant.onnx_linear import (
+    Linear,
+    add_head_hadamard,
+    add_joined,
+    add_linear,
+    add_linears,
+)
 from quant.scheme import LINEAR_SITES
 
 
@@ -49,10 +55,11 @@ class _LlamaGraph:
         self._kv_bits = reader.scheme.kv_bits if reader.scheme else 16
         declare_inputs(self.graph, self._config)
         self._add_rotary_tables()
-        x = self._embedded()
+        # What is to be added to the residual stream is added by the norm that follows.
+        x, addend = self._embedded(), None
         for layer in range(self._config.num_hidden_layers):
-            x = self._block(layer, x)
-        self._logits(x)
+            x, addend = self._block(layer, x, addend)
+        self._logits(x if addend is None else self.graph.node("Add", x, addend))
 
     def _add_rotary_tables(self) -> None:
         config = self._config
@@ -72,79 +79,99 @@ class _LlamaGraph:
         scales = graph.node("Gather", graph.weight(f"{EMBEDDING}.scale", table.scale[:, None]), "input_ids")
         return graph.node("Mul", graph.node("Cast", codes, to=np_kind(np.float32)), scales)
 
-    def _block(self, layer: int, x: str) -> str:
+    def _block(self, layer: int, x: str, addend: str | None) -> tuple[str, str]:
+        """The residual stream, and what is to be added to it."""
         graph, prefix = self.graph, f"model.layers.{layer}"
-        normed, _ = self._norm(x, f"{prefix}.input_layernorm.weight")
-        attended = self._attention(layer, *add_linears(graph, normed, self._linears(prefix, "q", "k", "v")))
-        (output,) = add_linears(graph, attended, self._linears(prefix, "o"))
-        x = graph.node("Add", x, output)
-        normed, _ = self._norm(x, f"{prefix}.post_attention_layernorm.weight")
+        normed, x = self._added_norm(x, addend, f"{prefix}.input_layernorm.weight")
+        qkv = add_joined(graph, normed, self._linears(prefix, "q", "k", "v"))
+        (output,) = add_linears(graph, self._attention(layer, qkv), self._linears(prefix, "o"))
+        normed, x = self._added_norm(x, output, f"{prefix}.post_attention_layernorm.weight")
         gate, up = add_linears(graph, normed, self._linears(prefix, "gate", "up"))
         active = graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
         (output,) = add_linears(graph, active, self._linears(prefix, "down"))
-        return graph.node("Add", x, output)
+        return x, output
 
     def _linears(self, prefix: str, *sites: str) -> dict[str, Linear]:
         names = [f"{prefix}.{LINEAR_SITES[site]}" for site in sites]
         return {name: self._reader.linear(name) for name in names}
+
+    def _norm_weight(self, name: str) -> str:
+        return self.graph.weight(name, np.asarray(self._reader.norm(name), np.float32))
 
     def _norm(self, x: str, name: str) -> tuple[str, str]:
         """RMSNorm, and the mean of the squares, [.., 1]."""
         graph = self.graph
         mean = graph.node("ReduceMean", graph.node("Mul", x, x), graph.shape(-1))
         rms = graph.node("Sqrt", graph.node("Add", mean, graph.constant(self._config.rms_norm_eps)))
-        weight = graph.weight(name, np.asarray(self._reader.norm(name), np.float32))
-        return graph.node("Mul", graph.node("Div", x, rms), weight), mean
+        return graph.node("Mul", graph.node("Div", x, rms), self._norm_weight(name)), mean
 
-    def _attention(self, layer: int, q: str, k: str, v: str) -> str:
+    def _added_norm(self, x: str, addend: str | None, name: str) -> tuple[str, str]:
+        """RMSNorm of the residual stream and what is added to it, and their sum."""
+        if addend is None:
+            return self._norm(x, name)[0], x
+        normed, _, _, x = self.graph.nodes(
+            "SkipSimplifiedLayerNormalization",
+            [x, addend, self._norm_weight(name)],
+            4,
+            domain=CONTRIB,
+            epsilon=self._config.rms_norm_eps,
+        )
+        return normed, x
+
+    def _attention(self, layer: int, qkv: str) -> str:
         graph, config = self.graph, self._config
-        q, k = self._rotated(q, config.num_attention_heads), self._rotated(k, config.num_key_value_heads)
-        if self._kv_bits < 16:
-            k, v = self._rounded(k, v)
+        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        turned, v = graph.nodes("Split", [qkv, graph.shape((heads + kv_heads) * width, kv_heads * width)], 2, axis=-1)
+        inputs = turned, "positions", self._cos, self._sin
+        turned = graph.node("RotaryEmbedding", *inputs, domain=CONTRIB, num_heads=heads + kv_heads)
+        packed = graph.node("Concat", turned, v, axis=-1) if self._kv_bits == 16 else self._with_rounded(turned, v)
         outputs = [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
         past = f"past.{layer}.key", f"past.{layer}.value"
         attended, *present = graph.nodes(
             "GroupQueryAttention",
-            [q, k, v, *past, "last_position", "positions_seen"],
+            [packed, "", "", *past, "last_position", "positions_seen"],
             outputs,
             domain=CONTRIB,
-            num_heads=config.num_attention_heads,
-            kv_num_heads=config.num_key_value_heads,
-            scale=1 / math.sqrt(config.head_dim),
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=1 / math.sqrt(width),
         )
         for name in present:
             graph.output(name, np.float32, _cache_shape(config))
         return attended
 
-    def _rotated(self, x: str, heads: int) -> str:
-        """Queries or keys as attention and cache take them: turned to their positions and, for 4 bits, transformed."""
-        inputs = x, "positions", self._cos, self._sin
-        x = self.graph.node("RotaryEmbedding", *inputs, domain=CONTRIB, num_heads=heads)
-        return add_hadamard(self.graph, x, self._config.head_dim) if self._kv_bits == 4 else x
-
-    def _rounded(self, k: str, v: str) -> tuple[str, str]:
-        """Keys and values as `arithmetic.quantize_kv` and `dequantize_kv` leave them, float32 [B, L, G * C] each."""
+    def _with_rounded(self, turned: str, v: str) -> str:
+        """Queries, rounded keys and rounded values, side by side; `turned` has queries and keys."""
         graph, config = self.graph, self._config
+        by_head = graph.shape(0, 0, -1, config.head_dim)
+        turned, v = graph.node("Reshape", turned, by_head), graph.node("Reshape", v, by_head)
+        if self._kv_bits == 4:
+            turned = add_head_hadamard(graph, turned, config.head_dim)
+        sizes = graph.shape(config.num_attention_heads, config.num_key_value_heads)
+        q, k = graph.nodes("Split", [turned, sizes], 2, axis=2)
+        rounded = self._rounded(graph.node("Concat", k, v, axis=2))
+        return graph.node("Reshape", graph.node("Concat", q, rounded, axis=2), graph.shape(0, 0, -1))
+
+    def _rounded(self, x: str) -> str:
+        """Keys or values of any heads, [B, L, heads, C], as `arithmetic.quantize_kv` and `dequantize_kv` leave them.
+
+        Its codes less their zero point: all stay in float32, and a head of zeros needs no scale of its own.
+        """
+        graph = self.graph
         levels = graph.constant(2**self._kv_bits - 1)
         zero, tiny, largest = (graph.constant(x) for x in (0, arithmetic.BFLOAT16_TINY, arithmetic.BFLOAT16_MAX))
-        both = graph.node("Concat", k, v, axis=-1)
-        x = graph.node("Reshape", both, graph.shape(0, 0, 2 * config.num_key_value_heads, config.head_dim))
         lowest = graph.node("Min", graph.node("ReduceMin", x, graph.shape(-1)), zero)
         highest = graph.node("Max", graph.node("ReduceMax", x, graph.shape(-1)), zero)
         width = graph.node("Sub", graph.node("Div", highest, levels), graph.node("Div", lowest, levels))
         width = graph.node("Cast", graph.node("Cast", width, to=int(TensorProto.BFLOAT16)), to=np_kind(np.float32))
         scale = graph.node("Clip", width, tiny, largest)
-        empty = graph.node("Equal", graph.node("Sub", highest, lowest), zero)
-        scale = graph.node("Where", empty, graph.constant(1), scale)
-        point = graph.node(
-            "Clip", graph.node("Round", graph.node("Div", graph.node("Neg", lowest), scale)), zero, levels
+        least = graph.node(
+            "Max", graph.node("Round", graph.node("Div", lowest, scale)), graph.constant(1 - 2**self._kv_bits)
         )
-        moved = graph.node("Add", graph.node("Round", graph.node("Div", x, scale)), point)
-        codes = graph.node("Clip", moved, zero, levels)
-        rounded = graph.node("Mul", graph.node("Sub", codes, point), scale)
-        rounded = graph.node("Reshape", rounded, graph.shape(0, 0, -1))
-        first, second = graph.nodes("Split", [rounded], 2, axis=-1, num_outputs=2)
-        return first, second
+        most = graph.node("Add", least, levels)
+        codes = graph.node("Round", graph.node("Div", x, scale))
+        codes = graph.node("Max", graph.node("Min", codes, most), least)
+        return graph.node("Mul", codes, scale)
 
     def _logits(self, x: str) -> None:
         graph, width = self.graph, self._config.hidden_size

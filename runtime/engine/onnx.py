@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ LEAST_SLOTS = 8
 
 WIDEST_GAP = 4
 """As many idle slots are computed along; a call for itself, which reads all weights again, costs more."""
+
+MOST_BINDINGS = 64
+"""So many runs of slots are remembered with their memory bound."""
 
 Floats = NDArray[np.float32]
 
@@ -54,6 +58,7 @@ class OnnxRunner:
         model = open_model(path, threads)
         config = model.config
         self._session, self._config = model.session, config
+        self._bindings: dict[tuple[int, int], Any] = {}
         self._info = EngineInfo("onnx", model.precision, config.max_position_embeddings, config.vocab_size)
         # Two arrays of four bytes a number.
         slot_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.block_size
@@ -97,17 +102,28 @@ class OnnxRunner:
         self._cache.copy(sources, targets)
 
     def _run(self, call: _Call) -> Floats:
-        binding = self._session.io_binding()
-        binding.bind_output("logits", "cpu")
-        for name, array in call.inputs().items():
+        binding = self._binding(call.first_slot, len(call.ids))
+        inputs = call.inputs()
+        for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
-        for name, array in self._cache.views(call.first_slot, len(call.ids)):
-            place = "cpu", 0, np.float32, array.shape, array.ctypes.data
-            binding.bind_input(f"past.{name}", *place)
-            binding.bind_output(f"present.{name}", *place)
+        logits_RV = np.empty((len(inputs["logit_rows"]), self._config.vocab_size), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits_RV.shape, logits_RV.ctypes.data)
         self._session.run_with_iobinding(binding)
-        logits_RV: Floats = binding.get_outputs()[0].numpy()
         return logits_RV[: len(call.logit_rows)]
+
+    def _binding(self, first_slot: int, count: int) -> Any:
+        """The cache of neighbouring slots, bound: made once, for the binding of so many arrays takes a while."""
+        key = first_slot, count
+        if key not in self._bindings:
+            if len(self._bindings) == MOST_BINDINGS:
+                self._bindings.clear()
+            binding = self._session.io_binding()
+            for name, array in self._cache.views(*key):
+                place = "cpu", 0, np.float32, array.shape, array.ctypes.data
+                binding.bind_input(f"past.{name}", *place)
+                binding.bind_output(f"present.{name}", *place)
+            self._bindings[key] = binding
+        return self._bindings[key]
 
 
 @dataclass(frozen=True, slots=True)

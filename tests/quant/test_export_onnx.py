@@ -20,7 +20,14 @@ onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 from quant.onnx_graph import GraphBuilder  # noqa: E402
-from quant.onnx_linear import add_hadamard, add_linear, add_linears, block_size, pack_blocks  # noqa: E402
+from quant.onnx_linear import (  # noqa: E402
+    add_hadamard,
+    add_head_hadamard,
+    add_linear,
+    add_linears,
+    block_size,
+    pack_blocks,
+)
 
 WIDTHS = (1, 31, 39, 255, 256, 640)
 """Reductions: less than a block, no multiple of anything, a block without and with the place that is given away."""
@@ -98,10 +105,22 @@ def test_layers_that_read_one_tensor(tmp_path):
 
 @pytest.mark.parametrize("width", [2, 54, 64, 640, 5504])
 def test_hadamard_transforms(tmp_path, width):
-    """5504 = 172 * 32; 54 is of no known order, so that the transform has blocks; several transforms lie in a row."""
-    x_BLK = np.random.default_rng(width).normal(0, 1, (2, 3, 2 * width)).astype(np.float32)
+    """5504 = 172 * 32; 54 is of no known order, so that the transform has blocks."""
+    x_BLK = np.random.default_rng(width).normal(0, 1, (2, 3, width)).astype(np.float32)
     (y_BLK,) = run(tmp_path, lambda graph: [add_hadamard(graph, "x", width)], x_BLK)
-    expected = Hadamard.of_width(width).apply(x_BLK.astype(np.float64).reshape(2, 3, 2, width)).reshape(x_BLK.shape)
+    np.testing.assert_allclose(y_BLK, Hadamard.of_width(width).apply(x_BLK.astype(np.float64)), atol=2e-5)
+
+
+@pytest.mark.parametrize("width", [8, 24, 64, 72])
+def test_hadamard_transforms_of_heads(tmp_path, width):
+    x_BLK = np.random.default_rng(width).normal(0, 1, (2, 3, 5 * width)).astype(np.float32)
+
+    def build(graph):
+        heads = graph.node("Reshape", "x", graph.shape(0, 0, 5, width))
+        return [graph.node("Reshape", add_head_hadamard(graph, heads, width), graph.shape(0, 0, -1))]
+
+    (y_BLK,) = run(tmp_path, build, x_BLK)
+    expected = Hadamard.of_width(width).apply(x_BLK.astype(np.float64).reshape(2, 3, 5, width)).reshape(x_BLK.shape)
     np.testing.assert_allclose(y_BLK, expected, atol=2e-5)
 
 
