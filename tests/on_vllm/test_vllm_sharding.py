@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from quant import arithmetic
+from quant.format import CheckpointReader
 from quant.hadamard import Hadamard
 from quant.scheme import Scheme, named
+from runtime.model_store import resolve_model
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -23,6 +29,7 @@ PARTS = {"q": 4, "k": 2, "v": 2}
 INPUT_SCALE = np.float32(0.5)
 SCHEMES = ("w4a4", "w4a4-token", "w4a16")
 TABLE_BITS = (16, 8, 4)
+WINDOWS = [[int(token) for token in np.random.default_rng(seed).integers(1, 4096, 120)] for seed in range(4)]
 
 
 def config(scheme: Scheme) -> Any:
@@ -162,7 +169,7 @@ def measured(ranks: int) -> list[dict[str, float]]:
     processes = [context.Process(target=differences, args=(rank, ranks, port, answers)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=180) for _ in processes]
+    found = [answers.get(timeout=600) for _ in processes]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
@@ -203,3 +210,45 @@ def test_a_share_that_ends_within_a_byte_is_refused() -> None:
     method = config(named("w4a4"))._linear_method(layer.prefix, [str(layer.prefix)])
     with pytest.raises(UnsupportedLayerError, match="two 4-bit codes share a byte"):
         method.create_weights(layer, 5, [8], 10, 8, torch.float32, weight_loader=None)
+
+
+def log_probabilities(path: str, answers: Any) -> None:
+    """Of the tokens of `WINDOWS` by vLLM on two ranks."""
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    from vllm import LLM, SamplingParams
+
+    options: Any = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 128}
+    engine = LLM(path, tensor_parallel_size=2, **options)
+    prompts: Any = [{"prompt_token_ids": window} for window in WINDOWS]
+    outputs: Any = engine.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False))
+    answers.put(
+        [
+            [scores[token].logprob for scores, token in zip(output.prompt_logprobs[1:], window[1:], strict=True)]
+            for output, window in zip(outputs, WINDOWS, strict=True)
+        ]
+    )
+    engine.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.timeout(900)
+def test_a_whole_model_on_two_ranks_is_the_simulation_s(tmp_path: Path) -> None:
+    """vLLM has no 4-bit KV cache, so neither has the oracle."""
+    import torch.multiprocessing
+
+    from quant.stream import log_likelihoods
+
+    model = shutil.copytree(resolve_model("demo"), tmp_path / "demo")
+    content = json.loads((model / "config.json").read_text())
+    content["quantization_config"]["scheme"]["kv_bits"] = 16
+    (model / "config.json").write_text(json.dumps(content))
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=log_probabilities, args=(str(model), answers))
+    process.start()
+    expected = np.concatenate(log_likelihoods(CheckpointReader(model), WINDOWS))
+    found = np.concatenate(answers.get(timeout=600))
+    process.join(60)
+    process.kill()  # how vLLM ends is not what is tested
+    assert math.exp(abs(found.mean() - expected.mean())) < 1.005
+    # A sum in another order moves an input across a rounding boundary now and then, and that token's score with it.
+    assert np.abs(found - expected).mean() < 0.05
