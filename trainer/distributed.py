@@ -82,9 +82,13 @@ def replicated(model: nn.Module) -> nn.Module:
     return model if world_size() == 1 else DistributedDataParallel(model)
 
 
-def adding_up(model: nn.Module) -> AbstractContextManager[None]:
-    """Within the block `backward` of what `replicated` returned adds to the gradients of this process only."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+def adding_up(model: nn.Module, *, more: bool) -> AbstractContextManager[None]:
+    """Within the block `backward` of what `replicated` returned adds to this process's gradients.
+
+    Args:
+        more: others of the same step follow; the one without takes the mean of all processes.
+    """
+    return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def sharded(

@@ -16,7 +16,6 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -158,13 +157,10 @@ class Trainer:
         """Adds the gradients of the step's rows, those of this process in micro-batches; returns the loss of all."""
         rank, processes = distributed.rank(), distributed.world_size()
         windows_BL = training_batch(self.streams.train, self.config, self.step, rank, processes)
+        parts = torch.split(windows_BL, max(1, self.config.micro_batch_tokens // self.config.model.context_length))
         loss = 0.0
-        *parts, last_BL = torch.split(
-            windows_BL, max(1, self.config.micro_batch_tokens // self.config.model.context_length)
-        )
-        for part_BL in (*parts, last_BL):
-            alone = part_BL is not last_BL  # the last one brings the sum of all to the other processes
-            with distributed.adding_up(self.replica) if alone else nullcontext():
+        for number, part_BL in enumerate(parts, start=1):
+            with distributed.adding_up(self.replica, more=number < len(parts)):
                 share_loss = self._loss(self.replica, part_BL) * (len(part_BL) / len(windows_BL))
                 torch.autograd.backward(share_loss)
             loss += share_loss.item()
