@@ -37,12 +37,15 @@ def ablate(
     # Not at the top: `osp --help` shows this command too, and need not load torch for it.
     import torch
 
+    from trainer import distributed
     from trainer.ablation import Ablation
     from trainer.ablation_report import PlotUnavailableError, as_markdown, plot
     from trainer.data import DataError
     from trainer.export import ExportError
     from trainer.train import TrainingError, TrainingStoppedError
 
+    if distributed.world_size() > 1:
+        raise click.ClickException("osp ablate trains in one process; torchrun shares a single run, of osp train")
     if threads:
         torch.set_num_threads(threads)
     try:

@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trainer import ablation
 from trainer.ablation import CURVE_POINTS, FORMS, Ablation
 from trainer.ablation_cli import ablate
-from trainer.checkpoints import checkpoints
 from trainer.config import RECIPES, ConfigError, preset
 from trainer.data_sources import DataError
-from trainer.train import train
+from trainer.train import Trainer, train
 
 STEPS = 20
 TINY = preset("tiny", steps=STEPS)
@@ -110,53 +109,56 @@ def test_the_curve_has_so_many_points_and_as_many_checkpoints(tmp_path):
 
 
 @pytest.fixture
-def start(corpus):
-    """Starts `osp ablate`; whatever still runs at the end of the test is killed."""
-    running = []
-
-    def start(out):
-        command = [sys.executable, "-c", "from trainer.ablation_cli import ablate; ablate()"]
-        command += arguments(corpus, out, "--threads", str(THREADS))
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        running.append(process)
-        return process
-
-    yield start
-    for process in running:
+def killed_ablation(corpus, tmp_path):
+    """The directory of an `osp ablate` that was killed in the middle of its second quantization."""
+    out = tmp_path / "broken"
+    command = [sys.executable, "-c", "from trainer.ablation_cli import ablate; ablate()"]
+    command += arguments(corpus, out, "--threads", str(THREADS))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (out / "adam" / ".w4a4-ffn.partial").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+    finally:
         process.kill()
         process.communicate()
+    return out
 
 
-def wait_until(process, there):
-    while not there():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+@pytest.fixture
+def stop_signal(monkeypatch):
+    """Sends this process SIGTERM in the middle of the training of "muon-only"."""
+    step = Trainer.train_step
+
+    def step_and_signal(trainer):
+        loss = step(trainer)
+        if trainer.config.recipe == "muon-only" and trainer.step == STEPS - 5:
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", step_and_signal)
+        yield patched
 
 
 def times_of_change(*files):
     return [file.stat().st_mtime_ns for file in files]
 
 
-def test_killed_stopped_and_resumed_equals_unbroken(whole, start, corpus, tmp_path, monkeypatch):
-    out = tmp_path / "broken"
-    killed = start(out)  # in the middle of a quantization
-    wait_until(killed, (out / "adam" / ".w4a4-ffn.partial").exists)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+def test_killed_stopped_and_resumed_equals_unbroken(whole, killed_ablation, corpus, stop_signal, monkeypatch):
+    out = killed_ablation
     finished = [out / "adam" / "final" / "model.safetensors", out / "adam" / "w4a4" / "osp.safetensors"]
     finished_at = times_of_change(*finished)
 
-    stopped = start(out)  # in the middle of a training
-    wait_until(stopped, lambda: checkpoints(out / "muon-only"))
-    stopped.send_signal(signal.SIGTERM)
-    printed, errors = stopped.communicate()
-    assert stopped.returncode == 0, errors
-    assert json.loads(printed)["stopped_at_step"] in range(10, STEPS)
+    stopped = CliRunner().invoke(ablate, arguments(corpus, out))
+    assert stopped.exit_code == 0, stopped.output
+    assert json.loads(stopped.stdout) == {"stopped_at_step": STEPS - 5}
     assert list(json.loads((out / "ablation.json").read_text("utf-8"))["recipes"]) == ["adam"]
     table = (out / "ablation.md").read_text("utf-8")
     assert "| Adam |" in table
     assert "| Muon" not in table
 
+    stop_signal.undo()
     monkeypatch.setattr(ablation, "RECIPES", ["adam", "muon-only"])  # the others would show nothing more
     result = Ablation([str(corpus)], out, TINY).run(quiet=True)["recipes"]
     assert times_of_change(*finished) == finished_at
@@ -187,6 +189,15 @@ def test_errors_are_one_clear_line(corpus, tmp_path):
     assert result.exit_code == 1
     assert f"{damaged / 'ablation.json'} is damaged" in result.stderr
     assert os.listdir(damaged) == ["ablation.json"]
+
+
+def test_torchrun_is_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(ablate, arguments(corpus, tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "torchrun shares a single run, of osp train" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib_the_table_is_there_and_a_note_says_what_is_not(whole, corpus, monkeypatch):
