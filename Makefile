@@ -12,8 +12,8 @@ CMAKE := $(BIN)/cmake
 CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fuzz test-images test-lowest test-vllm lint format setup native bench corpus demo-model demo-twin ablation \
-	materials quantization-table loadtest-demo clean
+.PHONY: help serve test test-fuzz test-images test-lowest test-vllm lint format setup native bench corpus demo-model \
+	demo-twin ablation materials quantization-table loadtest-demo clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
