@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -227,14 +224,3 @@ def test_other_formats_are_refused_with_what_there_is(tmp_path, options, words):
     told = CliRunner().invoke(export, [str(tmp_path), "--out", str(tmp_path / "out"), *options])
     assert told.exit_code == 2
     assert words in told.output
-
-
-@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: see benchmarks/check_vllm_export.py")
-@pytest.mark.timeout(1200)
-def test_vllm_computes_the_simulation_with_inputs_of_16_bits(tmp_path):
-    source, out = exported(tmp_path, named("w4a4"), hidden_size=64, intermediate_size=96, head_dim=32)
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"t{7 * i % 97}" for i in range(200)))
-    command = [sys.executable, "-m", "benchmarks.check_vllm_export", str(source), str(out), str(text)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -21,7 +21,7 @@ settings.register_profile("fuzz", max_examples=500, deadline=None)  # make test-
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """The named differences of vLLM, where the tests run on it. One that fails no more is an error too."""
     for item in items if ENGINE == "vllm" else ():
-        if reason := DIFFERENCES.get(item.originalname):
+        if reason := DIFFERENCES.get(item.originalname) or DIFFERENCES.get(item.name):
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
