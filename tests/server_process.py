@@ -98,6 +98,7 @@ def osp_serve(
         text=True,
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        process_group=0,
     )
 
 
@@ -123,6 +124,8 @@ def running_server(
         server.url = server.log.wait_for(rf"{until}\b.* at (https?://[^\s;\"]+)", start_s)[1]
         yield server
     finally:
-        server.process.kill()
+        # The processes that it has started too: they hold its log open.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGKILL)
         server.process.wait()
         server.log.close()

@@ -15,7 +15,6 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from served_engine import START_S
 from server_process import EVENT_A_TOKEN, ServerProcess, osp_serve, running_server
 
 from benchmarks.served_perplexity import computed_scores, served_scores, tokenize
@@ -27,6 +26,7 @@ psutil = pytest.importorskip("psutil")  # vLLM brings it
 
 # float32: what lies between the layers is then rounded as in the reference engine, and few inputs get another code.
 OPTIONS = ("demo", "--engine", "vllm", "--vllm.enforce-eager", "--vllm.max-num-seqs=16", "--vllm.dtype=float32")
+START_S = 600
 TEXT = Path(__file__).parents[2] / "docs" / "training.md"
 BODY = {"prompt": "The history of", "max_tokens": 400, "ignore_eos": True}
 

@@ -10,14 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from checkpoints import write_4bit
-from served_engine import START_S
 
 from quant.export import export_checkpoint
 from quant.scheme import named
@@ -28,6 +27,7 @@ pytest.importorskip("transformers")
 from benchmarks.check_vllm_export import EPSILON, LARGEST_DIFFERENCE, UnquantizedInputs
 from quant.stream import log_likelihoods
 
+START_S = 600
 CONTEXT = 64
 WINDOWS = [[int(token) for token in np.random.default_rng(seed).integers(1, 97, CONTEXT - 1)] for seed in range(4)]
 
@@ -37,15 +37,9 @@ def vllm_serve(model: Path) -> Iterator[str]:
     """The URL of a stock server, without anything of ours on its command line."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [
-        Path(sys.executable).parent / "vllm",
-        "serve",
-        model,
-        "--served-model-name",
-        "stock",
-        "--port",
-        str(port),
-    ]
+    # What `vllm serve` runs. The program itself asks for a package called vllm, and CPU builds have other names.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", "stock", "--port", str(port)]
     command += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", str(CONTEXT)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
@@ -57,7 +51,8 @@ def vllm_serve(model: Path) -> Iterator[str]:
                 time.sleep(0.5)
             yield url
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _healthy(url: str) -> bool:
