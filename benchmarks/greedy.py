@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from quant.format import read_checkpoint
 from quant.text import read_documents, windows
 from quant.tokenizer import read_tokenizer
-from runtime.engine.base import ModelRunner, SequenceSlice
 from runtime.engine.native import NativeRunner
 from runtime.engine.reference import ReferenceRunner
+from runtime.engine.runner import ModelRunner, SequenceSlice
 from runtime.model_store import resolve_model
 
 BATCH = 32

@@ -18,8 +18,8 @@ from statistics import median
 import click
 import numpy as np
 
-from runtime.engine.base import ModelRunner, SequenceSlice
 from runtime.engine.registry import EngineOptions, load_runner
+from runtime.engine.runner import ModelRunner, SequenceSlice
 from runtime.model_store import resolve_model
 
 ENGINES = ("onnx", "native")

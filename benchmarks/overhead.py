@@ -15,9 +15,10 @@ from statistics import median
 
 import click
 
-from runtime.engine.base import EngineInfo, GenerationRequest, ModelRunner, SamplingParams, SequenceSlice, StepLogits
+from runtime.engine.base import EngineInfo, GenerationRequest, SamplingParams
 from runtime.engine.local import LocalEngine
 from runtime.engine.registry import load_runner
+from runtime.engine.runner import ModelRunner, SequenceSlice, StepLogits
 from runtime.model_store import resolve_model
 
 PROMPT = tuple(range(100, 116))

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from quant.format import CheckpointReader
 from quant.tasks import ScoredWindow
 from quant.text import Perplexity, windows
-from runtime.engine.base import ModelRunner, SequenceSlice
 from runtime.engine.registry import RUNNERS, UnknownEngineError, load_runner
+from runtime.engine.runner import ModelRunner, SequenceSlice
 
 LOGIT_ROWS = 128
 """Rows of logits that are held at a time: all those of a long context times a large vocabulary are too many."""

@@ -17,8 +17,8 @@ from runtime.bench.limits import Limits
 from runtime.bench.precision import DEFAULT_PRECISION, scheme_of
 from runtime.bench.random_model import random_model
 from runtime.bench.shapes import SHAPES
-from runtime.engine.base import SequenceSlice
 from runtime.engine.native import run_step
+from runtime.engine.runner import SequenceSlice
 
 BLOCK = 16
 PREFILL_TOKENS = 512

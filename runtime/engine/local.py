@@ -22,11 +22,11 @@ from runtime.engine.base import (
     FinishReason,
     GenerationError,
     GenerationRequest,
-    ModelRunner,
     RequestRejectedError,
     TokenChunk,
 )
 from runtime.engine.kv_cache import BlockPool
+from runtime.engine.runner import ModelRunner
 from runtime.engine.scheduler import Scheduler, SchedulerLimits
 from runtime.engine.step import OutcomeReader, Step
 from runtime.engine.stream import Mailroom, Stream

@@ -19,10 +19,11 @@ from quant.hadamard import Hadamard, base_matrix
 from quant.llama import CheckpointError, LlamaConfig
 from quant.scheme import LINEAR_SITES
 from runtime.engine.array_logits import ArrayLogits
-from runtime.engine.base import EngineInfo, SequenceSlice, StepLogits
+from runtime.engine.base import EngineInfo
 from runtime.engine.kv_capacity import default_num_blocks
 from runtime.engine.native_library import KernelError, load_library
 from runtime.engine.rotary import rotary_frequencies
+from runtime.engine.runner import SequenceSlice, StepLogits
 
 MAX_ROWS = 512
 """Tokens that one call of `Model.step` computes at most: what its activations take memory for."""

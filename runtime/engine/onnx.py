@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.engine.array_logits import ArrayLogits
-from runtime.engine.base import EngineInfo, SequenceSlice
+from runtime.engine.base import EngineInfo
 from runtime.engine.kv_capacity import default_num_blocks, too_long
 from runtime.engine.onnx_cache import SlotCache
 from runtime.engine.onnx_session import open_model
+from runtime.engine.runner import SequenceSlice
 
 LEAST_SLOTS = 8
 """Memory of a slot is taken as it fills, so that there may be more than would fit if all were full."""

@@ -25,10 +25,11 @@ from quant.format import Checkpoint
 from quant.scheme import LINEAR_SITES
 from quant.weights import QuantizedWeight
 from runtime.engine.array_logits import ArrayLogits
-from runtime.engine.base import EngineInfo, SequenceSlice
+from runtime.engine.base import EngineInfo
 from runtime.engine.kv_capacity import default_num_blocks, too_long
 from runtime.engine.reference_cache import PagedCache
 from runtime.engine.reference_layers import Floats, RMSNorm, Rotary, embedding, hadamard, linear, silu, widened
+from runtime.engine.runner import SequenceSlice
 
 
 class ReferenceRunner:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quant import arithmetic
 from quant.llama import LlamaConfig
-from runtime.engine.base import SequenceSlice
+from runtime.engine.runner import SequenceSlice
 
 Floats = NDArray[np.float32]
 BlockTable = NDArray[np.int32]

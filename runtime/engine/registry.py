@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from quant.format import read_checkpoint
-from runtime.engine.base import Engine, ModelRunner
+from runtime.engine.base import Engine
 from runtime.engine.choice import choose_engine
 from runtime.engine.local import LocalEngine
 from runtime.engine.native import NativeRunner
 from runtime.engine.onnx import OnnxRunner
 from runtime.engine.reference import ReferenceRunner
+from runtime.engine.runner import ModelRunner
 from runtime.engine.scheduler import SchedulerLimits
 from runtime.engine.vllm_arguments import VllmArgumentError
 

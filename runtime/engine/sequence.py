@@ -6,10 +6,11 @@ from copy import copy
 
 import numpy as np
 
-from runtime.engine.base import FinishReason, GenerationRequest, SequenceSlice, TokenChunk, TokenLogprobs
+from runtime.engine.base import FinishReason, GenerationRequest, TokenChunk, TokenLogprobs
 from runtime.engine.block_table import BlockTable
 from runtime.engine.kv_cache import BlockPool
 from runtime.engine.prefix_keys import PrefixKeys
+from runtime.engine.runner import SequenceSlice
 from runtime.engine.sampler import Sample, TokenSampler
 
 

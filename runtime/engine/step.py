@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.engine.base import CorruptLogitsError, GenerationError, SequenceSlice, StepLogits, TokenLogprobs
+from runtime.engine.base import CorruptLogitsError, GenerationError, TokenLogprobs
 from runtime.engine.constraints import GuideError
 from runtime.engine.logprobs import LogitsError, prompt_logprobs
+from runtime.engine.runner import SequenceSlice, StepLogits
 from runtime.engine.sampler import Sample
 from runtime.engine.sequence import ScheduledSequence
 from runtime.engine.workspace import Workspace

@@ -21,12 +21,12 @@ from runtime.engine.base import (
     GenerationRequest,
     RequestRejectedError,
     SamplingParams,
-    SequenceSlice,
     TokenChunk,
     TokenLogprobs,
 )
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.registry import EngineOptions, load_engine
+from runtime.engine.runner import SequenceSlice
 from runtime.model_store import resolve_model
 from runtime.text.grammar import GrammarCompiler
 from runtime.text.tokenizer import Tokenizer

@@ -21,9 +21,9 @@ from quant.arithmetic import NonFiniteError
 from quant.format import Checkpoint, read_tokenizer
 from quant.tasks import Question, ScoredWindow, score_task
 from runtime.engine.array_logits import ArrayLogits
-from runtime.engine.base import SequenceSlice
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.registry import UnknownEngineError
+from runtime.engine.runner import SequenceSlice
 from runtime.evaluate import NothingToScoreError, RunnerScorer, load_scorer, perplexity
 
 ENGINES = ("reference", "torch")

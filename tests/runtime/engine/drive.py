@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from runtime.engine.base import FinishReason, GenerationError, GenerationRequest, ModelRunner, TokenChunk
+from runtime.engine.base import FinishReason, GenerationError, GenerationRequest, TokenChunk
 from runtime.engine.kv_cache import BlockPool
+from runtime.engine.runner import ModelRunner
 from runtime.engine.scheduler import Scheduler, SchedulerLimits
 from runtime.engine.step import OutcomeReader, Step
 

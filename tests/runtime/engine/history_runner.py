@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.engine.array_logits import ArrayLogits
-from runtime.engine.base import EngineInfo, SequenceSlice
+from runtime.engine.base import EngineInfo
+from runtime.engine.runner import SequenceSlice
 
 VOCABULARY = 32
 _MASK = 2**64 - 1

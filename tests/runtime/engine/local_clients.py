@@ -9,15 +9,9 @@ from contextlib import asynccontextmanager
 import numpy as np
 
 from runtime.engine.array_logits import ArrayLogits
-from runtime.engine.base import (
-    EngineInfo,
-    FinishReason,
-    GenerationRequest,
-    ModelRunner,
-    SamplingParams,
-    SequenceSlice,
-)
+from runtime.engine.base import EngineInfo, FinishReason, GenerationRequest, SamplingParams
 from runtime.engine.local import LocalEngine
+from runtime.engine.runner import ModelRunner, SequenceSlice
 from runtime.engine.scheduler import SchedulerLimits
 
 VOCABULARY = 50

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from schemes import SCHEMES, SHAPES
 
 from quant.format import Checkpoint, read_checkpoint
-from runtime.engine.base import ModelRunner, SequenceSlice
 from runtime.engine.native import NativeRunner
 from runtime.engine.reference import ReferenceRunner
+from runtime.engine.runner import ModelRunner, SequenceSlice
 
 BLOCK_SIZE = 4
 LENGTH = 23
@@ -155,7 +155,7 @@ def test_logits_are_given_for_the_last_tokens_only(
 DIGEST = """
 import sys, hashlib, numpy as np
 from quant.format import read_checkpoint
-from runtime.engine.base import ModelRunner, SequenceSlice
+from runtime.engine.runner import ModelRunner, SequenceSlice
 from runtime.engine.native import NativeRunner
 from runtime.engine.reference import ReferenceRunner
 runner = ReferenceRunner(read_checkpoint(sys.argv[1]))

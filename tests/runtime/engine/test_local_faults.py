@@ -20,10 +20,10 @@ from runtime.engine.base import (
     GenerationError,
     GenerationRequest,
     SamplingParams,
-    SequenceSlice,
     TokenChunk,
 )
 from runtime.engine.local import LocalEngine
+from runtime.engine.runner import SequenceSlice
 from runtime.engine.scheduler import SchedulerLimits
 
 

@@ -15,10 +15,10 @@ from benchmarks.greedy import greedy, shortfall
 from quant.format import read_checkpoint
 from quant.text import windows
 from quant.tokenizer import read_tokenizer
-from runtime.engine.base import SequenceSlice
 from runtime.engine.native import NativeRunner
 from runtime.engine.native_library import KernelError, load_library
 from runtime.engine.reference import ReferenceRunner
+from runtime.engine.runner import SequenceSlice
 from runtime.model_store import resolve_model
 
 LENGTH = 40

@@ -14,8 +14,8 @@ from checkpoints import write_4bit
 from schemes import SCHEMES
 
 from quant.llama import CheckpointError
-from runtime.engine.base import SequenceSlice
 from runtime.engine.native import NativeRunner
+from runtime.engine.runner import SequenceSlice
 
 ROUNDS = 150
 

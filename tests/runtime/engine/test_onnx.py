@@ -18,10 +18,11 @@ from schemes import CASES, SCHEMES, SHAPES
 
 from quant.format import Checkpoint, read_checkpoint
 from quant.llama import CheckpointError
-from runtime.engine.base import GenerationRequest, ModelRunner, SamplingParams, SequenceSlice
+from runtime.engine.base import GenerationRequest, SamplingParams
 from runtime.engine.onnx import OnnxRunner
 from runtime.engine.onnx_session import OnnxUnavailableError
 from runtime.engine.reference import ReferenceRunner
+from runtime.engine.runner import ModelRunner, SequenceSlice
 
 pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")

@@ -13,9 +13,9 @@ import pytest
 
 from quant.format import Checkpoint
 from quant.llama import CheckpointError
-from runtime.engine.base import SequenceSlice
 from runtime.engine.onnx import OnnxRunner
 from runtime.engine.registry import load_runner
+from runtime.engine.runner import SequenceSlice
 
 pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")

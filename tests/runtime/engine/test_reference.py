@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM
 
 from quant.format import Checkpoint, read_checkpoint
 from quant.llama import CheckpointError
-from runtime.engine.base import SequenceSlice
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.reference_layers import Rotary, dot_rows
+from runtime.engine.runner import SequenceSlice
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped queries": {},

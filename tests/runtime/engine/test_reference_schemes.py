@@ -22,9 +22,9 @@ from quant.hadamard import Hadamard
 from quant.llama import LlamaConfig
 from quant.model import load_model
 from quant.scheme import named
-from runtime.engine.base import SequenceSlice
 from runtime.engine.reference import ReferenceRunner, _attend
 from runtime.engine.reference_cache import PagedCache
+from runtime.engine.runner import SequenceSlice
 
 LENGTH = 30
 BLOCKS = np.arange(8, dtype=np.int32)

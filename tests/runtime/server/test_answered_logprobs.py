@@ -12,8 +12,8 @@ import tokenizers
 from numpy.typing import NDArray
 
 from quant.format import read_checkpoint
-from runtime.engine.base import SequenceSlice
 from runtime.engine.reference import ReferenceRunner
+from runtime.engine.runner import SequenceSlice
 from runtime.text.tokenizer import Tokenizer
 
 PROMPT = "Once upon é 😀 time"
