@@ -114,7 +114,7 @@ demo-model: corpus ## Train, quantize and bundle the demo model again
 demo-twin: corpus ## Train the demo model's twin with Adam, to compare
 	$(BIN)/osp train --preset demo --recipe adam --data $(BUILD)/corpus --out $(BUILD)/adam $(if $(RESUME),--resume)
 
-# Less than an hour on two idle cores.
+# About 97 minutes of CPU time.
 ablation: corpus ## Train the paper's six recipes, small, and compare them: docs/ablation.md
 	$(BIN)/osp ablate --preset demo --steps 500 --data $(BUILD)/corpus --out $(BUILD)/ablation
 
