@@ -27,7 +27,7 @@ from trainer.atomic_file import replace_json, replacing
 from trainer.checkpoints import checkpoints
 from trainer.config import RECIPES, ConfigError, Recipe, TrainConfig
 from trainer.data import TokenStreams, held_out_windows, prepare
-from trainer.outliers import residual_outliers
+from trainer.outliers import measure_outliers, single_tokens
 from trainer.train import LOG_EVERY, Trainer, train_on
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
@@ -169,9 +169,8 @@ def _single_token_kurtosis(config: TrainConfig, directory: Path, streams: TokenS
     trainer.restore(checkpoints(directory)[-1])
     trainer.model.eval()
     windows_BL = held_out_windows(streams.held_out, config.model.context_length, config.eval_tokens)
-    ids_N1 = windows_BL[:, :-1].flatten()[:SINGLE_TOKENS, None]
-    kurtosis = residual_outliers(trainer.model, ids_N1)["excess_kurtosis"]
-    return sum(kurtosis) / len(kurtosis)
+    ids_N1 = single_tokens(windows_BL[:, :-1], SINGLE_TOKENS)
+    return measure_outliers(trainer.model, ids_N1)["residual"].mean_kurtosis
 
 
 def _curve(directory: Path, eval_every: int) -> list[list[float]]:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from trainer import distributed, outliers
+from trainer import distributed
 from trainer.atomic_file import replace_json, replacing
 from trainer.checkpoints import (
     TrainingError,
@@ -43,6 +43,7 @@ from trainer.export import export
 from trainer.guard import StepGuard, TrainingStoppedError, first_bad_parameter, stop_requests
 from trainer.model import OSPModel
 from trainer.optimizer import learning_rate_share, make_optimizers, parameter_groups, set_learning_rate
+from trainer.outliers import measure_outliers
 from trainer.tokenizer import save_tokenizer
 
 __all__ = ["Trainer", "TrainingError", "TrainingStoppedError", "checkpoints", "train"]
@@ -192,12 +193,12 @@ class Trainer:
         windows_BL = held_out_windows(self.streams.held_out, self.config.model.context_length, self.config.eval_tokens)
         batches = torch.split(windows_BL, EVAL_ROWS)
         total = sum(self._loss(self.model, batch).item() * batch.shape[0] for batch in batches)
-        measured = outliers.residual_outliers(self.model, windows_BL[:KURTOSIS_WINDOWS, :-1])
+        residual = measure_outliers(self.model, windows_BL[:KURTOSIS_WINDOWS, :-1])["residual"]
         self.model.train()
         return {
             "held_out_loss": total / windows_BL.shape[0],
-            "excess_kurtosis": sum(measured["excess_kurtosis"]) / len(measured["excess_kurtosis"]),
-            "absmax": max(measured["absmax"]),
+            "excess_kurtosis": residual.mean_kurtosis,
+            "absmax": residual.largest,
         }
 
     def save(self, held_out_loss: float = math.inf) -> None:
