@@ -27,8 +27,9 @@ from trainer.atomic_file import replace_json, replacing
 from trainer.checkpoints import checkpoints
 from trainer.config import RECIPES, ConfigError, Recipe, TrainConfig
 from trainer.data import TokenStreams, held_out_windows, prepare
+from trainer.loop import LOG_EVERY, Trainer
 from trainer.outliers import measure_outliers, single_tokens
-from trainer.train import LOG_EVERY, Trainer, train_on
+from trainer.train import train_on
 
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
 
@@ -146,7 +147,9 @@ def _read_result(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
         there = result["settings"]
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{file} is damaged ({error!r}); choose another --out") from None
-    changed = [f"{name}: {there.get(name)} then, {now} now" for name, now in settings.items() if there.get(name) != now]
+    # The file of an older version lacks newer settings, whose defaults are what it did.
+    common = [name for name in settings if name in there]
+    changed = [f"{name}: {there[name]} then, {settings[name]} now" for name in common if there[name] != settings[name]]
     if changed:
         raise ConfigError(
             f"{file.parent} holds an ablation with other settings ({'; '.join(changed)}); go on with the settings of "

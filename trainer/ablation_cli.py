@@ -39,10 +39,12 @@ def ablate(
 
     from trainer import distributed
     from trainer.ablation import Ablation
-    from trainer.ablation_report import PlotUnavailableError, as_markdown, plot
+    from trainer.ablation_report import as_markdown, plot
+    from trainer.checkpoints import TrainingError
     from trainer.data import DataError
     from trainer.export import ExportError
-    from trainer.train import TrainingError, TrainingStoppedError
+    from trainer.figure import PlotUnavailableError
+    from trainer.guard import TrainingStoppedError
 
     if distributed.world_size() > 1:
         raise click.ClickException("osp ablate trains in one process; torchrun shares a single run, of osp train")

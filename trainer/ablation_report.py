@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Recipe
+from trainer.figure import new_figure
 
 TITLES: dict[Recipe, str] = {
     "adam": "Adam",
@@ -33,10 +34,6 @@ HEADINGS = (
     "recipe", "held-out loss", "excess kurtosis: the paper's", "here, single tokens", "here, in context",
     "perplexity: 16-16-16", "4-4-4", "4-4-4, FFN Hadamard", "4-4-4, per channel and token",
 )  # fmt: skip
-
-
-class PlotUnavailableError(RuntimeError):
-    """matplotlib is not installed; the message says how to get it."""
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
@@ -79,11 +76,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     Raises:
         PlotUnavailableError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotUnavailableError("the plot needs matplotlib: pip install 'osp-runtime[plot]'") from error
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = new_figure(11, 4.4)
     curves, bars = figure.subplots(1, 2)
     recipes = [recipe for recipe in TITLES if recipe in result["recipes"]]
     for number, recipe in enumerate(recipes):

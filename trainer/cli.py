@@ -31,10 +31,21 @@ from trainer.config import PRESETS, ConfigError, Recipe, preset
 @click.option("--embedding-lr", type=float, help="Peak learning rate of embedding, head and norms.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of initialization and data order.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="auto: a GPU if there is one.  [default: auto]"
+)
+@click.option("--compile", "compiled", is_flag=True, default=None, help="Run the model through torch.compile.")
+@click.option(
+    "--activation-checkpointing",
+    is_flag=True,
+    default=None,
+    help="Keep only what enters each block, and compute the rest again: less memory, a third more work.",
+)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between two checkpoints.")
 @click.option("--keep-checkpoints", type=click.IntRange(min=1), help="How many of the newest stay, beside the best.")
 @click.option("--resume", is_flag=True, help="Continue the run in OUT from its last checkpoint.")
+@click.option("--tensorboard", is_flag=True, help="Write OUT/tensorboard too.")
 @click.option("--plan", is_flag=True, help="Say what the run would take, in memory and time, and stop.")
 @click.option(
     "--tflops",
@@ -53,24 +64,34 @@ def train(
     embedding_lr: float | None,
     seed: int | None,
     threads: int | None,
+    device: str | None,
+    compiled: bool | None,
+    activation_checkpointing: bool | None,
     dtype: str,
     checkpoint_every: int | None,
     keep_checkpoints: int | None,
     resume: bool,
+    tensorboard: bool,
     plan: bool,
     tflops: float | None,
     as_json: bool,
 ) -> None:
-    """Trains a compact model on your text, outlier-safe by default, and exports it to OUT/final as a plain Llama."""
+    """Trains a compact model on your text, outlier-safe by default, and exports it to OUT/final as a plain Llama.
+
+    OUT/metrics.jsonl and OUT/outliers.jsonl grow while it trains, OUT/outliers.png shows the outliers in the end.
+    """
     # Not at the top: `osp --help` shows this command too, and need not load torch for it.
     import torch
 
     from quant.llama import CheckpointError
     from trainer import distributed
+    from trainer.checkpoints import TrainingError
+    from trainer.compute import Compute
     from trainer.data import DataError
     from trainer.export import ExportError
+    from trainer.guard import TrainingStoppedError
     from trainer.plan import format_plan, make_plan
-    from trainer.train import TrainingError, TrainingStoppedError
+    from trainer.telemetry import summary_writer_type
     from trainer.train import train as run_training
 
     if threads:
@@ -83,6 +104,9 @@ def train(
             seed=seed,
             matrix_lr=matrix_lr,
             embedding_lr=embedding_lr,
+            device=device,
+            compile=compiled,
+            activation_checkpointing=activation_checkpointing,
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
         )
@@ -92,9 +116,21 @@ def train(
             return
         if not paths or out is None:
             raise click.UsageError("--data and --out are needed, unless --plan is given")
-        weights_dtype = getattr(torch, dtype)
+        # What is missing on this machine is said before the corpus is read.
+        if tensorboard:
+            summary_writer_type()
+        compute = Compute.chosen(config)
+        if not as_json and distributed.rank() == 0:
+            click.echo(f"training on {compute}", err=True)
         report = run_training(
-            paths, out, config, resume=resume, tokenizer=tokenizer, dtype=weights_dtype, quiet=as_json
+            paths,
+            out,
+            config,
+            resume=resume,
+            tokenizer=tokenizer,
+            dtype=getattr(torch, dtype),
+            quiet=as_json,
+            tensorboard=tensorboard,
         )
     except TrainingStoppedError as stopped:
         if distributed.rank() == 0:
@@ -104,6 +140,7 @@ def train(
         raise click.ClickException(str(error)) from None
     if distributed.rank() > 0:
         return
+    _plot(out, f"{preset_name}, {config.recipe}")
     if as_json:
         click.echo(json.dumps({"checkpoint": str(out / "final"), **report}))
     else:
@@ -111,3 +148,14 @@ def train(
             f"{out / 'final'}: held-out loss {report['held_out_loss']:.4f}, "
             f"excess kurtosis {report['excess_kurtosis']:.3g}, {report['tokens_seen']:,} tokens seen"
         )
+
+
+def _plot(out: Path, title: str) -> None:
+    from trainer.figure import PlotUnavailableError
+    from trainer.outlier_plot import plot_outliers
+    from trainer.telemetry import OUTLIERS_FILE
+
+    try:
+        plot_outliers(out / OUTLIERS_FILE, out / "outliers.png", title)
+    except PlotUnavailableError as error:
+        click.secho(f"note: {error}", err=True, fg="yellow")

@@ -53,6 +53,9 @@ CHANGEABLE = frozenset(
         "keep_checkpoints",
         "skip_limit",
         "newton_schulz_dtype",
+        "device",
+        "compile",
+        "activation_checkpointing",
     }
 )
 """Settings that may differ when a run is resumed."""
@@ -104,6 +107,9 @@ class TrainConfig:
         newton_schulz_dtype: what Muon orthogonalizes in, "bfloat16" or "float32".
         skip_limit: steps in a row with a loss or gradient that is not finite; so many end the run, fewer are skipped.
         autocast: run matrix products in bfloat16; parameters and optimizer state stay float32.
+        device: "cpu", "cuda", or "auto": a GPU if there is one.
+        compile: run the model through torch.compile.
+        activation_checkpointing: keep only what enters each block, and compute the rest again in the backward pass.
     """
 
     model: ModelConfig
@@ -125,6 +131,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     skip_limit: int = 3
     autocast: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -139,6 +148,8 @@ class TrainConfig:
             raise ConfigError(f"unknown recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
         if self.newton_schulz_dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"newton_schulz_dtype must be bfloat16 or float32, is {self.newton_schulz_dtype!r}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda, is {self.device!r}")
         for name in ("matrix_lr", "embedding_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a positive number, is {getattr(self, name)}")

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trainer.config import RECIPES, ModelConfig, Recipe, RecipeParts
 
@@ -110,12 +111,16 @@ class OSPModel(nn.Module):
     """A decoder-only Llama with an untied head; with SSNorm and embedding projections if the recipe has them.
 
     Module names follow Hugging Face's Llama, so that `export` renames nothing but the norms.
+
+    Args:
+        activation_checkpointing: keep only what enters each block for the backward pass, which computes it again.
     """
 
-    def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
+    def __init__(self, config: ModelConfig, recipe: Recipe, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
         self.recipe: Recipe = recipe
+        self.activation_checkpointing = activation_checkpointing
         parts, width = RECIPES[recipe], config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = nn.ModuleList(Block(config, parts) for _ in range(config.num_layers))
@@ -142,7 +147,10 @@ class OSPModel(nn.Module):
         hidden_BLD = self.embed_projection(self.embed_tokens(ids_BL))
         cos_LC, sin_LC = rotary_table(self.config, ids_BL.shape[1], hidden_BLD)
         for layer in self.layers:
-            hidden_BLD = layer(hidden_BLD, cos_LC, sin_LC)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden_BLD = checkpoint(layer, hidden_BLD, cos_LC, sin_LC, use_reentrant=False)
+            else:
+                hidden_BLD = layer(hidden_BLD, cos_LC, sin_LC)
         logits_BLV: Tensor = self.lm_head(self.head_projection(self.norm(hidden_BLD)))
         return logits_BLV
 

@@ -9,6 +9,7 @@ many others does not show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -45,8 +46,8 @@ class SiteOutliers:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude of any layer."""
-        return max(self.absmax)
+        """The largest magnitude of any layer; NaN if one is."""
+        return math.nan if any(map(math.isnan, self.absmax)) else max(self.absmax)
 
     def record(self, x_BLD: Tensor) -> None:
         """Measures one layer more."""

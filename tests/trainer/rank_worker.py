@@ -10,7 +10,7 @@ from trainer import distributed
 from trainer.checkpoints import checkpoints
 from trainer.config import TrainConfig, preset
 from trainer.data import prepare
-from trainer.train import Trainer
+from trainer.loop import Trainer
 
 STEPS = 8
 CONFIG: TrainConfig = preset("tiny", steps=20, micro_batch_tokens=256, newton_schulz_dtype="float32")

@@ -19,7 +19,8 @@ from trainer.ablation import CURVE_POINTS, FORMS, Ablation
 from trainer.ablation_cli import ablate
 from trainer.config import RECIPES, ConfigError, preset
 from trainer.data_sources import DataError
-from trainer.train import Trainer, train
+from trainer.loop import Trainer
+from trainer.train import train
 
 STEPS = 20
 TINY = preset("tiny", steps=STEPS)

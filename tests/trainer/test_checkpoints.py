@@ -11,7 +11,7 @@ from trainer import checkpoints as store
 from trainer.checkpoints import TrainingError, checkpoints, random_state, set_random_state, write_checkpoint
 from trainer.config import ConfigError, preset
 from trainer.data import prepare
-from trainer.train import Trainer
+from trainer.loop import Trainer
 
 TINY = preset("tiny", steps=24, keep_checkpoints=2)
 

@@ -18,9 +18,9 @@ from trainer import distributed
 from trainer.checkpoints import checkpoints
 from trainer.config import ConfigError
 from trainer.data import prepare, training_batch
+from trainer.loop import Trainer
 from trainer.optimizer import make_optimizers
 from trainer.plan import optimizer_bytes
-from trainer.train import Trainer
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

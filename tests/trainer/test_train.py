@@ -12,8 +12,9 @@ from trainer.checkpoints import checkpoints
 from trainer.cli import train as train_command
 from trainer.config import ConfigError, preset
 from trainer.data import prepare
+from trainer.loop import Trainer
 from trainer.model import OSPModel
-from trainer.train import Trainer, train
+from trainer.train import train
 
 TINY = preset("tiny", steps=24)
 

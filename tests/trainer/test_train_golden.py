@@ -17,7 +17,7 @@ import torch
 
 from trainer.config import preset
 from trainer.data import held_out_windows, prepare, training_batch
-from trainer.train import Trainer
+from trainer.loop import Trainer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text("utf-8"))
 TOLERANCES = {"adam": 1e-5, "osp": 1e-3}

@@ -11,7 +11,7 @@ from trainer.checkpoints import TrainingError, checkpoints
 from trainer.config import preset
 from trainer.data import prepare, window_starts
 from trainer.guard import TrainingStoppedError, stop_requests
-from trainer.train import Trainer
+from trainer.loop import Trainer
 
 TINY = preset("tiny", steps=8, skip_limit=3)
 
@@ -89,7 +89,7 @@ def test_a_model_that_is_not_finite_takes_no_checkpoints_place(trainer, tmp_path
     with pytest.raises(
         TrainingError, match=r"step 8: the held-out loss is NaN.*Parameter norm\.scale.*00000000\.pt is untouch"
     ):
-        trainer.save(trainer.evaluate()["held_out_loss"])
+        trainer.save(trainer.evaluate().held_out_loss)
     assert {file.name: file.read_bytes() for file in (tmp_path / "checkpoints").iterdir()} == before
 
 

@@ -1,0 +1,51 @@
+"""Where a run computes, and in which type: the device, bfloat16 products where it has them, and the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.config import ConfigError, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A device, and the type that matrix products are computed in there; parameters stay float32.
+
+    Under `torchrun` each process has a device of its own, see `distributed.process_group`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def chosen(cls, config: TrainConfig) -> Compute:
+        """What `config.device` and `config.autocast` come to on this machine; "auto" takes a GPU if there is one.
+
+        A GPU that computes bfloat16 only by emulation gets float32: emulated products are slower than those.
+
+        Raises:
+            ConfigError: a GPU is asked for, and torch finds none.
+        """
+        has_gpu = torch.cuda.is_available()
+        if config.device == "cuda" and not has_gpu:
+            raise ConfigError("device cuda: torch finds no GPU here; use --device cpu, or a build of torch with CUDA")
+        if config.device == "cpu" or not has_gpu:
+            return cls(torch.device("cpu"), torch.bfloat16 if config.autocast else torch.float32)
+        bfloat16 = config.autocast and torch.cuda.is_bf16_supported(including_emulation=False)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return cls(device, torch.bfloat16 if bfloat16 else torch.float32)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, products in {str(self.dtype).removeprefix('torch.')}"
+
+    def loss(self, model: nn.Module, windows_BL: Tensor) -> Tensor:
+        """Mean cross-entropy of the next token, nats, over windows [B, L + 1] wherever they lie; a float32 scalar."""
+        windows_BL = windows_BL.to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            logits_BLV = model(windows_BL[:, :-1])
+        return F.cross_entropy(logits_BLV.float().flatten(0, 1), windows_BL[:, 1:].flatten())
