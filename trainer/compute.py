@@ -1,13 +1,16 @@
-"""Where a run computes, and in which type: the device, bfloat16 products where it has them, and the loss."""
+"""Where a run computes, and in which type: the device, bfloat16 products where it has them, and the loss there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
+from trainer.checkpoints import TrainingError
 from trainer.config import ConfigError, TrainConfig
 
 
@@ -44,8 +47,21 @@ class Compute:
         return f"{name}, products in {str(self.dtype).removeprefix('torch.')}"
 
     def loss(self, model: nn.Module, windows_BL: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token, nats, over windows [B, L + 1] wherever they lie; a float32 scalar."""
+        """Mean cross-entropy of the next token, nats, over windows [B, L + 1] wherever they lie; a float32 scalar.
+
+        Raises:
+            TrainingError: `compiled` made the model, and it cannot be compiled here.
+        """
         windows_BL = windows_BL.to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            logits_BLV = model(windows_BL[:, :-1])
+        try:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                logits_BLV = model(windows_BL[:, :-1])
+        except TorchDynamoException as error:
+            reason = str(error).partition("\n")[0]
+            raise TrainingError(f"the model cannot be compiled here ({reason}); train without --compile") from error
         return F.cross_entropy(logits_BLV.float().flatten(0, 1), windows_BL[:, 1:].flatten())
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """`model`, with the same parameters, through torch.compile, which does its work when the result is called."""
+    return cast(nn.Module, torch.compile(model))

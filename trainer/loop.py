@@ -6,7 +6,6 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from trainer.checkpoints import (
     set_random_state,
     write_checkpoint,
 )
-from trainer.compute import Compute
+from trainer.compute import Compute, compiled
 from trainer.config import TrainConfig
 from trainer.data import TokenStreams, training_batch, window_starts
 from trainer.evaluation import Evaluation, evaluate
@@ -71,7 +70,7 @@ class Trainer:
         model = OSPModel(config.model, config.recipe, activation_checkpointing=config.activation_checkpointing)
         model.to(compute.device)
         optimizers = make_optimizers(model, config)
-        replica = distributed.replicated(cast(nn.Module, torch.compile(model)) if config.compile else model)
+        replica = distributed.replicated(compiled(model) if config.compile else model)
         return cls(config, directory, streams, model, optimizers, StepGuard(config.skip_limit), compute, replica)
 
     def run(self, quiet: bool = False, *, tensorboard: bool = False) -> Evaluation:

@@ -1,7 +1,8 @@
 """What a run would take: parameters, memory and time, without allocating the model.
 
 FLOPs a step: 6 for each weight of a matrix product and token (forward 2, backward 4), 12 · D · L a layer and token for
-attention over a whole window (what the causal mask leaves out is counted, as usual), and Muon's Newton–Schulz steps.
+attention over a whole window (what the causal mask leaves out is counted, as usual), and Muon's Newton–Schulz steps;
+with activation checkpointing the blocks' forward pass once more.
 Memory on a device: parameters and gradients in float32, the optimizer's state, shared among devices, and what one
 micro-batch keeps for its backward pass. The latter is an estimate: it counts the tensors that the modules keep. The
 optimizer's state is shared out by whole matrices (`distributed.py`); the device that has most of it counts.
@@ -80,11 +81,18 @@ def exported_parameters(model: ModelConfig) -> int:
 
 def step_flops(model: OSPModel, config: TrainConfig) -> int:
     """Floating-point operations of one optimizer step."""
-    products = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    weights = sum(weight.numel() for weight in products)
     shape = config.model
     attention = 12 * shape.num_layers * shape.hidden_size * shape.context_length
-    return config.batch_tokens * (6 * weights + attention) + _newton_schulz_flops(model, config)
+    token = 6 * _product_weights(model) + attention
+    if config.activation_checkpointing:
+        # The blocks' forward pass once more, but for down_proj: nothing that the backward pass reads comes after it.
+        last = shape.num_layers * shape.hidden_size * shape.intermediate_size
+        token += 2 * (_product_weights(model.layers) - last) + attention // 3
+    return config.batch_tokens * token + _newton_schulz_flops(model, config)
+
+
+def _product_weights(module: nn.Module) -> int:
+    return sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
 
 
 def _newton_schulz_flops(model: OSPModel, config: TrainConfig) -> int:
@@ -116,12 +124,17 @@ def activation_bytes(config: TrainConfig, devices: int = 1) -> int:
 
     A block keeps, a token: the residual stream twice and both norms' outputs in float32; q, k and v twice (before and
     after the rotary embedding), the attention's output, gate, up, silu(gate) and their product in the type of the
-    matrix products. The logits are kept three times in float32.
+    matrix products. The logits are kept three times in float32. With activation checkpointing a block keeps what enters
+    it, in float32, and one at a time keeps all.
     """
     shape, compute = config.model, 2 if config.autocast else 4
     tokens = max(shape.context_length, min(config.micro_batch_tokens, config.batch_tokens // devices))
     block = 4 * 4 * shape.hidden_size + compute * (7 * shape.hidden_size + 4 * shape.intermediate_size)
-    return tokens * (shape.num_layers * block + 3 * 4 * shape.vocab_size)
+    if config.activation_checkpointing:
+        blocks = shape.num_layers * 4 * shape.hidden_size + block
+    else:
+        blocks = shape.num_layers * block
+    return tokens * (blocks + 3 * 4 * shape.vocab_size)
 
 
 def _measured_tflops(autocast: bool) -> float:

@@ -1,10 +1,12 @@
 import hashlib
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import export
@@ -163,6 +165,7 @@ def test_the_command_names_what_is_wrong_with_a_corpus(tmp_path, make, message):
         (["--resume"], "no checkpoint to resume from"),
         (["--tokenizer", "nowhere"], "tokenizer.json is missing"),
         (["--data", "hf:a:b:c:d@"], "not of the form hf:NAME"),
+        (["--device", "tpu"], "--device"),
     ],
 )
 def test_the_command_names_a_bad_argument(corpus, tmp_path, arguments, message):
@@ -171,6 +174,47 @@ def test_the_command_names_a_bad_argument(corpus, tmp_path, arguments, message):
     assert result.exit_code in (1, 2)
     assert isinstance(result.exception, SystemExit)
     assert message in result.output
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_the_corpus_is_read(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--preset", "tiny", "--data", str(corpus), "--out", str(tmp_path / "out"), "--device", "cuda"]
+    result = CliRunner().invoke(train_command, arguments)
+    assert result.exit_code == 1
+    assert "torch finds no GPU here; use --device cpu" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_where_it_trains_and_draws_the_outliers(corpus, tmp_path):
+    base = ["--preset", "tiny", "--steps", "4", "--data", str(corpus), "--out", str(tmp_path), "--device", "cpu"]
+    result = CliRunner().invoke(train_command, [*base, "--activation-checkpointing", "--tensorboard"])
+    assert result.exit_code == 0, result.output
+    assert "training on cpu, products in float32" in result.stderr
+    assert imread(tmp_path / "outliers.png").ndim == 3
+    assert list((tmp_path / "tensorboard").iterdir())
+    settings = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert (settings["device"], settings["activation_checkpointing"], settings["compile"]) == ("cpu", True, False)
+
+
+def test_without_matplotlib_a_note_says_what_is_left_out(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails as if it were not installed
+    base = ["--preset", "tiny", "--steps", "2", "--data", str(corpus), "--out", str(tmp_path)]
+    result = CliRunner().invoke(train_command, base)
+    assert result.exit_code == 0, result.output
+    assert "the plot needs matplotlib: pip install 'osp-runtime[plot]'" in result.stderr
+    assert not (tmp_path / "outliers.png").exists()
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_without_tensorboard_it_is_refused_before_the_corpus_is_read(corpus, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    base = ["--preset", "tiny", "--data", str(corpus), "--out", str(tmp_path / "out"), "--tensorboard"]
+    result = CliRunner().invoke(train_command, base)
+    assert result.exit_code == 1
+    assert "needs the package tensorboard, which is missing: pip install 'osp-runtime[tensorboard]'" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def _write(path, text):

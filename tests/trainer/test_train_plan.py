@@ -1,8 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,9 +40,10 @@ def test_parameters_and_optimizer_state_are_those_of_a_real_run(recipe):
     assert optimizer_bytes(model, config) == pytest.approx(kept + scalars, rel=1e-3)
 
 
-def test_flops_are_those_that_torch_counts():
-    config = preset("tiny", recipe="adam")
-    model = OSPModel(config.model, config.recipe)
+@pytest.mark.parametrize("again", [False, True])
+def test_flops_are_those_that_torch_counts(again):
+    config = preset("tiny", recipe="adam", activation_checkpointing=again)
+    model = OSPModel(config.model, config.recipe, activation_checkpointing=again)
     rows, length = 16, config.model.context_length
     assert rows * length == config.batch_tokens
     # Attention as plain matrix products, which the counter knows on every device.
@@ -70,6 +73,26 @@ def test_activations_are_about_what_autograd_keeps(autocast):
     measured = sum(size for size, _ in kept.values())
     assert loss.isfinite()
     assert 0.7 < activation_bytes(config) / measured < 1.5
+
+
+def test_activation_checkpointing_needs_about_the_memory_that_a_backward_pass_has_at_its_peak():
+    config = preset("17m", micro_batch_tokens=1024, activation_checkpointing=True)
+    model = OSPModel(config.model, config.recipe, activation_checkpointing=True)
+    ids_BL = torch.randint(8192, (1, 1024))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits_BLV = model(ids_BL)
+        loss = torch.nn.functional.cross_entropy(logits_BLV.float().flatten(0, 1), ids_BL.flatten())
+        del logits_BLV
+        loss.backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    measured = peak - 8 * sum(parameter.numel() for parameter in model.parameters())
+    assert 0.7 < activation_bytes(config) / measured < 1.5
+    assert measured < activation_bytes(replace(config, activation_checkpointing=False)) * 0.7
 
 
 def test_more_devices_take_less_memory_and_time():
