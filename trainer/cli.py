@@ -39,7 +39,7 @@ from trainer.config import PRESETS, ConfigError, Recipe, preset
     "--activation-checkpointing",
     is_flag=True,
     default=None,
-    help="Keep only what enters each block, and compute the rest again: less memory, a third more work.",
+    help="Keep only what enters each block, and compute the rest again: less memory, more work.",
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between two checkpoints.")
