@@ -51,13 +51,13 @@ def test_batches_are_the_golden_ones(streams):
 
 @pytest.mark.parametrize("recipe", ["adam", "osp"])
 def test_losses_are_the_golden_ones(streams, tmp_path, one_thread, recipe):
-    trainer = Trainer.start(preset("tiny", steps=STEPS, recipe=recipe), tmp_path, streams)
+    trainer = Trainer.start(preset("tiny", steps=STEPS, recipe=recipe, device="cpu"), tmp_path, streams)
     losses = [trainer.train_step() for _ in range(STEPS)]
     np.testing.assert_allclose(losses, GOLDEN["losses"][recipe], rtol=TOLERANCES[recipe])
 
 
 def test_a_slightly_other_recipe_is_noticed(streams, tmp_path, one_thread):
-    config = preset("tiny", steps=STEPS)
+    config = preset("tiny", steps=STEPS, device="cpu")
     trainer = Trainer.start(replace(config, matrix_lr=config.matrix_lr * 1.05), tmp_path, streams)
     losses = np.array([trainer.train_step() for _ in range(20)])
     assert np.abs(losses / GOLDEN["losses"]["osp"][:20] - 1).max() > TOLERANCES["osp"]
