@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks.alternation import Series
@@ -54,6 +56,12 @@ class Comparison:
         }
         engines = [f"- {name}: {', '.join(about.values())}" for name, about in self.engines.items()]
         return "\n".join([f"```\n{self.command}\n```\n", section("Peers", note, columns, lines), *engines, ""])
+
+    def write(self, file: Path) -> None:
+        """Writes both forms: JSON into `file`, Markdown beside it."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        file.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
     def _row(self, series: Series) -> dict[str, Any]:
         row, peers = series.row, [name for name in series.rates if name != self.ours]

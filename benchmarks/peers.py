@@ -19,7 +19,6 @@ ratios are taken within a round.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -110,9 +109,7 @@ def main(
     comparison = Comparison(command, shape, threads, rounds, OURS.name)
 
     def write() -> None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
-        out.with_suffix(".md").write_text(comparison.markdown(), encoding="utf-8")
+        comparison.write(out)
         click.echo(f"{comparison.series[-1].row.name}: measured", err=True)
 
     try:

@@ -14,7 +14,6 @@ hour only; ratios are taken within a round.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -122,9 +121,7 @@ def main(out: Path, shape: str, threads: int, rounds: int, tokens: int, engines:
     comparison = Comparison(command, shape, threads, rounds, engines[0])
 
     def write() -> None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(comparison.to_dict(), indent=1), encoding="utf-8")
-        out.with_suffix(".md").write_text(comparison.markdown(), encoding="utf-8")
+        comparison.write(out)
         click.echo(f"{comparison.series[-1].row.name}: measured", err=True)
 
     try:

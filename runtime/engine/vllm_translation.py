@@ -152,17 +152,12 @@ class SequenceReader:
 def _a_token_each(chunk: TokenChunk) -> list[TokenChunk]:
     if len(chunk.token_ids) < 2:
         return [chunk]
-    last = len(chunk.token_ids) - 1
-    pieces = []
-    for i, token in enumerate(chunk.token_ids):
-        piece = TokenChunk(
-            (token,),
-            chunk.finish_reason if i == last else None,
-            chunk.index,
-            None if chunk.logprobs is None else chunk.logprobs[i : i + 1],
-        )
-        of_the_sequence = {name: getattr(chunk, name) for name in ("prompt_logprobs", "cached_tokens", "queued_s")}
-        pieces.append(replace(piece, **of_the_sequence) if i == 0 else piece)
+    pieces = [
+        TokenChunk((token,), index=chunk.index, logprobs=None if chunk.logprobs is None else chunk.logprobs[i : i + 1])
+        for i, token in enumerate(chunk.token_ids)
+    ]
+    pieces[0] = replace(chunk, token_ids=pieces[0].token_ids, logprobs=pieces[0].logprobs, finish_reason=None)
+    pieces[-1] = replace(pieces[-1], finish_reason=chunk.finish_reason)
     return pieces
 
 

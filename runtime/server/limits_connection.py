@@ -12,12 +12,11 @@ import sys
 from typing import Any
 
 import h11
-from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime.server.auth import PROBES
-from runtime.server.errors import RETRY_SOON, ApiError
+from runtime.server.errors import RETRY_SOON, ApiError, send_error
 from runtime.server.settings import ServerSettings
 
 WATCHERS = 16
@@ -36,7 +35,9 @@ class BoundedProtocol(H11Protocol):
         self._write_timeout = settings.write_timeout
         self._max_connections = settings.max_connections
         message = f"the server has {self._max_connections} connections, and takes no more"
-        self._too_many = ApiError(503, message, code="too_many_connections", headers=RETRY_SOON)
+        self._too_many = ApiError(
+            503, message, code="too_many_connections", headers=RETRY_SOON | {"Connection": "close"}
+        )
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._refused = False
@@ -105,8 +106,7 @@ class BoundedProtocol(H11Protocol):
             return
         while (await receive()).get("more_body", False):  # a client that is cut off while it sends misses the answer
             pass
-        headers = {**self._too_many.headers, "Connection": "close"}
-        await JSONResponse(self._too_many.body(), self._too_many.status, headers)(scope, receive, send)
+        await send_error(self._too_many, scope, receive, send)
 
     def _await_request(self) -> None:
         if self._reading is None:

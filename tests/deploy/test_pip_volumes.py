@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Those of a machine whose pip has a file of settings, a variable, and certificates."""
-    for name in ("index/simple", "wheels", "work"):
+    for name in ("index/simple", "wheels", "context"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "certificates.pem").touch()
     settings = (
@@ -25,7 +25,7 @@ def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setenv("PIP_CERT", str(tmp_path / "certificates.pem"))
     script = "import sys, buildah, pathlib; print(*buildah.pip_volumes(pathlib.Path(sys.argv[1])), sep='\\n')"
-    command = [sys.executable, "-c", script, str(tmp_path / "work")]
+    command = [sys.executable, "-c", script, str(tmp_path / "context")]
     return subprocess.check_output(command, text=True, cwd=ROOT / "deploy").splitlines()
 
 
@@ -33,12 +33,12 @@ def test_what_the_settings_name_is_mounted_where_they_name_it(volumes: list[str]
     mounted = {volume for volume in volumes if volume.startswith(str(tmp_path))}
     paths = ("certificates.pem", "index", "wheels")
     assert mounted >= {f"{tmp_path}/{path}:{tmp_path}/{path}" for path in paths}
-    assert f"{tmp_path}/work/pip.conf:/etc/pip.conf" in mounted
+    assert f"{tmp_path}/context/pip.conf:/etc/pip.conf" in mounted
 
 
 def test_pip_itself_reads_the_same_settings(volumes: list[str], tmp_path: Path) -> None:
     """As in a build: of all that sets pip up, only the one file is there."""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_CONFIG_FILE": f"{tmp_path}/work/pip.conf"}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_CONFIG_FILE": f"{tmp_path}/context/pip.conf"}
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.check_output(command, text=True, env=environment)
     assert f"global.cert='{tmp_path}/certificates.pem'" in listed
