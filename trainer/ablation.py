@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from quant.scheme import Scheme, named
 from trainer.ablation_report import as_markdown
 from trainer.atomic_file import replace_json, replacing
 from trainer.checkpoints import checkpoints
-from trainer.config import RECIPES, ConfigError, Recipe, TrainConfig
+from trainer.config import RECIPES, ConfigError, Recipe, TrainConfig, changed_settings
 from trainer.data import TokenStreams, held_out_windows, prepare
 from trainer.loop import LOG_EVERY, Trainer
 from trainer.outliers import measure_outliers, single_tokens
@@ -137,19 +137,16 @@ class Ablation:
 
 
 def _shared_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that are the same for all six, in one flat mapping."""
-    return {**asdict(config.model), **{k: v for k, v in config.to_dict().items() if k not in ("model", "recipe")}}
+    """The settings that are the same for all six."""
+    return {name: value for name, value in config.to_dict().items() if name != "recipe"}
 
 
 def _read_result(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         result = dict(json.loads(file.read_text("utf-8")))
-        there = result["settings"]
+        changed = changed_settings(result["settings"], settings)
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{file} is damaged ({error!r}); choose another --out") from None
-    # The file of an older version lacks newer settings, whose defaults are what it did.
-    common = [name for name in settings if name in there]
-    changed = [f"{name}: {there[name]} then, {settings[name]} now" for name in common if there[name] != settings[name]]
     if changed:
         raise ConfigError(
             f"{file.parent} holds an ablation with other settings ({'; '.join(changed)}); go on with the settings of "

@@ -16,6 +16,9 @@ from trainer.config import PRESETS, ConfigError, preset
 @click.option("--data", "paths", multiple=True, required=True, help="Text, as `osp train` takes it. Repeatable.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory of the runs.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of each recipe.")
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens an optimizer step; whole contexts.")
+@click.option("--matrix-lr", type=float, help="Peak learning rate of the matrices.")
+@click.option("--embedding-lr", type=float, help="Peak learning rate of embedding, head and norms.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of initialization and data order.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -24,6 +27,9 @@ def ablate(
     paths: tuple[str, ...],
     out: Path,
     steps: int | None,
+    batch_tokens: int | None,
+    matrix_lr: float | None,
+    embedding_lr: float | None,
     seed: int | None,
     threads: int | None,
     as_json: bool,
@@ -51,7 +57,15 @@ def ablate(
     if threads:
         torch.set_num_threads(threads)
     try:
-        ablation = Ablation(paths, out, preset(preset_name, steps=steps, seed=seed))
+        config = preset(
+            preset_name,
+            steps=steps,
+            batch_tokens=batch_tokens,
+            matrix_lr=matrix_lr,
+            embedding_lr=embedding_lr,
+            seed=seed,
+        )
+        ablation = Ablation(paths, out, config)
         result = ablation.run(quiet=as_json)
     except TrainingStoppedError as stopped:
         note = f"{out}: stopped after step {stopped.step} of a training, which is saved; the same command goes on"

@@ -38,8 +38,8 @@ HEADINGS = (
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     """A line with the settings, and the table of what `Ablation.run` returns; recipes to come are left out."""
-    settings = result["settings"]
-    size = f"{settings['num_layers']} layers of width {settings['hidden_size']}, {settings['vocab_size']:,} tokens"
+    settings, model = result["settings"], result["settings"]["model"]
+    size = f"{model['num_layers']} layers of width {model['hidden_size']}, {model['vocab_size']:,} tokens"
     length = f"{settings['steps']:,} steps of {settings['batch_tokens']:,} tokens, seed {settings['seed']}"
     rows = [HEADINGS, ("---", *("--:" for _ in HEADINGS[1:]))]
     rows += [_row(recipe, result["recipes"][recipe]) for recipe in TITLES if recipe in result["recipes"]]

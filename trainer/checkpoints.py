@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from trainer.atomic_file import replacing
-from trainer.config import CHANGEABLE, ConfigError, TrainConfig
+from trainer.config import CHANGEABLE, ConfigError, TrainConfig, changed_settings
 
 
 class TrainingError(RuntimeError):
@@ -87,20 +87,11 @@ def read_checkpoint(file: Path, config: TrainConfig) -> dict[str, Any]:
         state = torch.load(file, weights_only=True, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise TrainingError(f"{file} is damaged ({error}); remove it to resume from the one before") from None
-    ours, theirs = _flat(config.to_dict()), _flat(state["config"])
-    different = [
-        f"{key} ({theirs.get(key)}, now {ours[key]})"
-        for key in ours
-        if key not in CHANGEABLE and ours[key] != theirs.get(key)
-    ]
-    if different:
-        raise ConfigError(f"{file} was made with another {', '.join(different)}; give the same settings to resume")
+    if changed := changed_settings(state["config"], config.to_dict(), ignored=CHANGEABLE):
+        raise ConfigError(
+            f"{file} was made with other settings ({'; '.join(changed)}); give the same settings to resume"
+        )
     return dict(state)
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    model = {f"model.{key}": value for key, value in settings["model"].items()}
-    return {**model, **{key: value for key, value in settings.items() if key != "model"}}
 
 
 def seed_generators(seed: int) -> None:

@@ -27,6 +27,10 @@ from trainer.config import PRESETS, ConfigError, Recipe, preset
 )
 @click.option("--recipe", type=click.Choice(get_args(Recipe)), help="Default osp; the others leave parts of it out.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.")
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens an optimizer step; whole contexts.")
+@click.option(
+    "--micro-batch-tokens", type=click.IntRange(min=1), help="Of these, how many go through the model at a time."
+)
 @click.option("--matrix-lr", type=float, help="Peak learning rate of the matrices.")
 @click.option("--embedding-lr", type=float, help="Peak learning rate of embedding, head and norms.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of initialization and data order.")
@@ -60,6 +64,8 @@ def train(
     tokenizer: Path | None,
     recipe: str | None,
     steps: int | None,
+    batch_tokens: int | None,
+    micro_batch_tokens: int | None,
     matrix_lr: float | None,
     embedding_lr: float | None,
     seed: int | None,
@@ -102,6 +108,8 @@ def train(
             recipe=recipe,
             steps=steps,
             seed=seed,
+            batch_tokens=batch_tokens,
+            micro_batch_tokens=micro_batch_tokens,
             matrix_lr=matrix_lr,
             embedding_lr=embedding_lr,
             device=device,

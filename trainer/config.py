@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -201,6 +202,23 @@ PRESETS = {
         autocast=True,
     ),
 }
+
+
+def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Which settings differ, as "steps: 20 then, 30 now"; both as `TrainConfig.to_dict` gives them, or parts of that.
+
+    What an older version wrote lacks newer settings. It did what their defaults do, so that they are not looked at.
+    """
+    before, after = _flat(then), _flat(now)
+    return [
+        f"{name}: {before[name]} then, {value} now"
+        for name, value in after.items()
+        if name not in ignored and before.get(name, value) != value
+    ]
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {**settings["model"], **{name: value for name, value in settings.items() if name != "model"}}
 
 
 def preset(name: str, **changes: Any) -> TrainConfig:

@@ -34,17 +34,19 @@ def world_size() -> int:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Within the block, the processes that `torchrun` started can reach each other.
+def process_group(device: str) -> Iterator[None]:
+    """Within the block, the processes that `torchrun` started can reach each other, and have a GPU each if there are
+    any and `device` (see `TrainConfig`) is not "cpu".
 
     An error leaves at once: the others may be waiting for this process, and `torchrun` ends them.
     """
     if world_size() == 1:
         yield
         return
-    if torch.cuda.is_available():
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=LONGEST_WAIT)
     yield
     dist.destroy_process_group()
 

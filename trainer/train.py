@@ -31,7 +31,6 @@ from trainer.optimizer import parameter_groups
 from trainer.tokenizer import save_tokenizer
 
 
-@distributed.process_group()
 def train(
     paths: Sequence[str | os.PathLike[str]],
     directory: Path,
@@ -60,10 +59,11 @@ def train(
     if resume and not found:
         raise ConfigError(f"{directory} holds no checkpoint to resume from")
     directory.mkdir(parents=True, exist_ok=True)
-    with distributed.process_0_first():
-        opened = resume or distributed.rank() > 0
-        streams = prepare(paths, directory / "data", config, resume=opened, tokenizer=tokenizer)
-    return train_on(streams, directory, config, dtype=dtype, quiet=quiet, tensorboard=tensorboard)
+    with distributed.process_group(config.device):
+        with distributed.process_0_first():
+            opened = resume or distributed.rank() > 0
+            streams = prepare(paths, directory / "data", config, resume=opened, tokenizer=tokenizer)
+        return train_on(streams, directory, config, dtype=dtype, quiet=quiet, tensorboard=tensorboard)
 
 
 def train_on(

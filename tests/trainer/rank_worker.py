@@ -25,7 +25,7 @@ def state_bytes(trainer: Trainer) -> int:
 
 def main(directory: Path, data: Path, path: Path) -> None:
     torch.set_num_threads(1)
-    with distributed.process_group():
+    with distributed.process_group(CONFIG.device):
         streams = prepare([path], data, CONFIG, resume=True)
         fresh = Trainer.start(CONFIG, directory / "fresh", streams)
         result = {"losses": [fresh.train_step() for _ in range(STEPS)], "state_bytes": state_bytes(fresh)}

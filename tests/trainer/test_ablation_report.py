@@ -7,7 +7,12 @@ from matplotlib.image import imread
 from trainer.ablation_report import PUBLISHED_KURTOSIS, TITLES, as_markdown, plot
 from trainer.config import RECIPES
 
-SETTINGS = {"num_layers": 4, "hidden_size": 256, "vocab_size": 4096, "steps": 1500, "batch_tokens": 8192, "seed": 7}
+SETTINGS = {
+    "model": {"num_layers": 4, "hidden_size": 256, "vocab_size": 4096},
+    "steps": 1500,
+    "batch_tokens": 8192,
+    "seed": 7,
+}
 
 
 def measured(ratio=1.25):

@@ -115,14 +115,14 @@ def test_a_lower_learning_rate_may_be_taken_up_on_resuming(corpus, tmp_path):
     second = Trainer.start(replace(TINY, matrix_lr=1e-4), tmp_path, streams)
     second.restore(checkpoints(tmp_path)[-1])
     assert [group["base_lr"] for o in second.optimizers for group in o.param_groups] == [1e-4, 4e-3, 4e-3]
-    with pytest.raises(ConfigError, match="another seed"):
+    with pytest.raises(ConfigError, match="seed: 0 then, 9 now"):
         Trainer.start(replace(TINY, seed=9), tmp_path, streams).restore(checkpoints(tmp_path)[-1])
 
 
 def test_a_refused_resume_leaves_the_record_alone(finished, corpus):
     directory, _ = finished
     before = (directory / "config.json").read_text("utf-8")
-    with pytest.raises(ConfigError, match=r"another steps \(24, now"):
+    with pytest.raises(ConfigError, match=r"steps: 24 then, 7 now"):
         train([corpus], directory, preset("tiny", steps=7), resume=True)
     assert (directory / "config.json").read_text("utf-8") == before
 
@@ -131,7 +131,7 @@ def test_a_run_is_not_started_over_another_nor_resumed_from_nothing(finished, co
     directory, _ = finished
     with pytest.raises(ConfigError, match="--resume"):
         train([corpus], directory, TINY)
-    with pytest.raises(ConfigError, match=r"another steps \(24, now"):
+    with pytest.raises(ConfigError, match=r"steps: 24 then, 25 now"):
         train([corpus], directory, preset("tiny", steps=25), resume=True)
     with pytest.raises(ConfigError, match="no checkpoint"):
         train([corpus], tmp_path, TINY, resume=True)
@@ -159,6 +159,7 @@ def test_the_command_names_what_is_wrong_with_a_corpus(tmp_path, make, message):
     [
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**70)], "--seed"),
+        (["--batch-tokens", "100"], "batch_tokens 100 is not a multiple of the context length 64"),
         (["--matrix-lr", "nan"], "matrix_lr must be a positive number"),
         (["--matrix-lr", "-1"], "matrix_lr must be a positive number"),
         (["--out", __file__], "File exists"),
@@ -187,13 +188,15 @@ def test_a_gpu_that_is_not_there_is_refused_before_the_corpus_is_read(corpus, tm
 
 def test_the_command_says_where_it_trains_and_draws_the_outliers(corpus, tmp_path):
     base = ["--preset", "tiny", "--steps", "4", "--data", str(corpus), "--out", str(tmp_path), "--device", "cpu"]
-    result = CliRunner().invoke(train_command, [*base, "--activation-checkpointing", "--tensorboard"])
+    batch = ["--batch-tokens", "512", "--micro-batch-tokens", "128"]
+    result = CliRunner().invoke(train_command, [*base, *batch, "--activation-checkpointing", "--tensorboard"])
     assert result.exit_code == 0, result.output
     assert "training on cpu, products in float32" in result.stderr
     assert imread(tmp_path / "outliers.png").ndim == 3
     assert list((tmp_path / "tensorboard").iterdir())
     settings = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert (settings["device"], settings["activation_checkpointing"], settings["compile"]) == ("cpu", True, False)
+    assert (settings["batch_tokens"], settings["micro_batch_tokens"]) == (512, 128)
 
 
 def test_without_matplotlib_a_note_says_what_is_left_out(corpus, tmp_path, monkeypatch):
