@@ -11,6 +11,7 @@ import click
 from quant.export import ACTIVATIONS, export_checkpoint
 from quant.export import FORMATS as STOCK_FORMATS
 from quant.llama import CheckpointError
+from quant.onnx_directory import ATTENTION_TYPES
 from quant.onnx_directory import FORMAT as ONNX
 
 FORMATS = (*STOCK_FORMATS, ONNX)
@@ -34,8 +35,14 @@ def _check_format(_ctx: click.Context, _param: click.Parameter, value: str) -> s
     help="compressed-tensors. none: inputs keep 16 bits (W4A16). token: the bits of the scheme, one scale a token "
     "(W4A4).",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(list(ATTENTION_TYPES)),
+    help="onnx. What attention is computed in, and keys and values are held in: float32 (the default), or float16, "
+    "which ONNX Runtime's provider for CUDA needs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def export(model: Path, form: str, out: Path, activations: str, as_json: bool) -> None:
+def export(model: Path, form: str, out: Path, activations: str, attention: str | None, as_json: bool) -> None:
     """Write the checkpoint in the directory MODEL as other engines load it.
 
     compressed-tensors: a quantized one, as transformers and vLLM load it. One that they would compute wrongly is
@@ -45,7 +52,9 @@ def export(model: Path, form: str, out: Path, activations: str, as_json: bool) -
     """
     try:
         if form == ONNX:
-            report = _export_onnx(model, out, activations)
+            report = _export_onnx(model, out, activations, attention)
+        elif attention is not None:
+            raise click.UsageError("--attention is of --format onnx")
         else:
             report = export_checkpoint(model, out, activations=activations)
     except (CheckpointError, OSError) as error:
@@ -53,12 +62,12 @@ def export(model: Path, form: str, out: Path, activations: str, as_json: bool) -
     click.echo(json.dumps({"out": str(out), **report}) if as_json else _as_text(out, report))
 
 
-def _export_onnx(model: Path, out: Path, activations: str) -> dict[str, Any]:
+def _export_onnx(model: Path, out: Path, activations: str, attention: str | None) -> dict[str, Any]:
     if activations != "none":
         raise click.UsageError("--activations is of --format compressed-tensors; ONNX has the scheme's own")
     from quant.export_onnx import export_onnx  # onnx is an extra
 
-    return export_onnx(model, out)
+    return export_onnx(model, out, attention or "float32")
 
 
 def _as_text(out: Path, report: dict[str, Any]) -> str:

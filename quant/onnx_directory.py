@@ -4,7 +4,8 @@ config.json       the source's: the model's shape, and the scheme
 model.onnx        the graph, see `quant.onnx_llama`
 model.onnx.data   its weights
 tokenizer.json    and what else lies beside a checkpoint's weights
-osp.json          the source's; `export` has format, version, precision and the SHA-256 of the graph's two files
+osp.json          the source's; `export` has format, version, precision, attention (the type of attention and cache)
+                  and the SHA-256 of the graph's two files
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
+
+import numpy as np
 
 from quant.files import sha256
 from quant.format import read_config, read_provenance
@@ -26,6 +29,9 @@ GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 EXPORT_VERSION = 1
 """Of the graph's inputs and outputs; another is refused."""
 
+
+ATTENTION_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
+"""What attention can be computed in, and the cache is held in, by name. CUDA has kernels in float16 only."""
 
 HEAD_MULTIPLE = 8
 """The attention of ONNX Runtime takes heads of no other width."""
@@ -43,10 +49,16 @@ def is_exported(root: Path) -> bool:
     return os.path.lexists(root / GRAPH_FILE)
 
 
-def export_record(root: Path, precision: str) -> dict[str, Any]:
+def export_record(root: Path, precision: str, attention: str) -> dict[str, Any]:
     """The entry `export` of osp.json, of the files that lie in `root`."""
     hashes = {name: sha256(root / name) for name in (GRAPH_FILE, WEIGHTS_FILE)}
-    return {"format": FORMAT, "version": EXPORT_VERSION, "precision": precision, "sha256": hashes}
+    return {
+        "format": FORMAT,
+        "version": EXPORT_VERSION,
+        "precision": precision,
+        "attention": attention,
+        "sha256": hashes,
+    }
 
 
 def read_export(root: Path) -> tuple[LlamaConfig, str]:

@@ -7,13 +7,15 @@ Inputs, of B sequences that each add L tokens:
     last_position    int32   [B]           of the last token of each sequence
     positions_seen   int32   []            most positions, old and new, of a sequence
     logit_rows       int64   [R]           which of the B * L tokens logits are wanted of
-    past.i.key       float32 [B, G, P, C]  of layer i, with room for P positions; past.i.value likewise
+    past.i.key       float32 [B, G, P, C]  of layer i, with room for P positions; past.i.value likewise;
+                                           float16 where the attention is
 
 Outputs: `logits`, float32 [R, V]; `present.i.key` and `.value`, which ONNX Runtime writes in place where they are bound
 to the memory of `past`. With L > 1, B is 1 (a limit of `GroupQueryAttention`).
 
 What the scheme quantizes has the codes of `quant.arithmetic`. Keys and values are rounded to the bits of the scheme
 as they are made, and held in float32. Norms, attention, rotary embedding and SiLU are ONNX Runtime's own, in float32.
+Attention can be in float16, between casts: CUDA has no kernel of it in float32.
 """
 
 from __future__ import annotations
@@ -37,23 +39,26 @@ from quant.onnx_linear import (
 from quant.scheme import LINEAR_SITES
 
 
-def build_graph(reader: CheckpointReader) -> GraphBuilder:
+def build_graph(reader: CheckpointReader, attention: type[np.generic]) -> GraphBuilder:
     """The graph of a checkpoint of any scheme, or in full precision.
+
+    Args:
+        attention: the type of attention, and of what the cache holds.
 
     Raises:
         CheckpointError: a value in it is not finite, or is none that a quantizer writes.
     """
-    return _LlamaGraph(reader).graph
+    return _LlamaGraph(reader, attention).graph
 
 
 class _LlamaGraph:
     """Builds the graph. Shapes: see the module; D is the model's width, H query heads, G key/value heads."""
 
-    def __init__(self, reader: CheckpointReader) -> None:
+    def __init__(self, reader: CheckpointReader, attention: type[np.generic]) -> None:
         self.graph = GraphBuilder()
-        self._reader, self._config = reader, reader.config
+        self._reader, self._config, self._attention_type = reader, reader.config, attention
         self._kv_bits = reader.scheme.kv_bits if reader.scheme else 16
-        declare_inputs(self.graph, self._config)
+        declare_inputs(self.graph, self._config, attention)
         self._add_rotary_tables()
         # What is to be added to the residual stream is added by the norm that follows.
         x, addend = self._embedded(), None
@@ -125,6 +130,8 @@ class _LlamaGraph:
         inputs = turned, "positions", self._cos, self._sin
         turned = graph.node("RotaryEmbedding", *inputs, domain=CONTRIB, num_heads=heads + kv_heads)
         packed = graph.node("Concat", turned, v, axis=-1) if self._kv_bits == 16 else self._with_rounded(turned, v)
+        if self._attention_type != np.float32:
+            packed = graph.node("Cast", packed, to=np_kind(self._attention_type))
         outputs = [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
         past = f"past.{layer}.key", f"past.{layer}.value"
         attended, *present = graph.nodes(
@@ -137,7 +144,9 @@ class _LlamaGraph:
             scale=1 / math.sqrt(width),
         )
         for name in present:
-            graph.output(name, np.float32, _cache_shape(config))
+            graph.output(name, self._attention_type, _cache_shape(config))
+        if self._attention_type != np.float32:
+            attended = graph.node("Cast", attended, to=np_kind(np.float32))
         return attended
 
     def _with_rounded(self, turned: str, v: str) -> str:
@@ -186,7 +195,7 @@ class _LlamaGraph:
         graph.output("logits", np.float32, ["R", self._config.vocab_size])
 
 
-def declare_inputs(graph: GraphBuilder, config: LlamaConfig) -> None:
+def declare_inputs(graph: GraphBuilder, config: LlamaConfig, attention: type[np.generic]) -> None:
     """The inputs that the module names."""
     graph.input("input_ids", np.int64, ["B", "L"])
     graph.input("positions", np.int64, ["B", "L"])
@@ -195,7 +204,7 @@ def declare_inputs(graph: GraphBuilder, config: LlamaConfig) -> None:
     graph.input("logit_rows", np.int64, ["R"])
     for layer in range(config.num_hidden_layers):
         for kind in ("key", "value"):
-            graph.input(f"past.{layer}.{kind}", np.float32, _cache_shape(config))
+            graph.input(f"past.{layer}.{kind}", attention, _cache_shape(config))
 
 
 def _cache_shape(config: LlamaConfig) -> list[int | str]:

@@ -63,7 +63,7 @@ def open_model(path: str | os.PathLike[str], threads: int) -> OnnxModel:
     reader = CheckpointReader(root)
     require_exportable(reader)
     with tempfile.TemporaryDirectory(prefix="osp-onnx-") as directory:
-        write_graph(reader, Path(directory))
+        write_graph(reader, Path(directory), "float32")
         return OnnxModel(_session(Path(directory), root, threads), reader.config, precision_of(reader))
 
 
