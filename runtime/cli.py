@@ -13,6 +13,7 @@ from quant.llama import CheckpointError
 from quant.scheme import SchemeError
 from quant.text import TextError
 from runtime.engine.native_library import KernelError, NativeLibraryError
+from runtime.engine.onnx_provider import OnnxProviderError
 from runtime.engine.onnx_session import OnnxUnavailableError
 from runtime.engine.registry import UnknownEngineError
 from runtime.engine.vllm_arguments import VllmArgumentError, VllmUnavailableError
@@ -30,6 +31,7 @@ USER_ERRORS = (
     NativeLibraryError,
     NonFiniteError,
     NothingToScoreError,
+    OnnxProviderError,
     OnnxUnavailableError,
     SchemeError,
     TextError,

@@ -15,6 +15,9 @@ from runtime.engine.vllm_arguments import SERIES
 
 log = logging.getLogger(__name__)
 
+ONNX_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "onnx": ("onnx",)}
+"""What the ONNX engine imports, and the distributions that bring it."""
+
 
 def choose_engine(path: Path, *, bare: bool = False) -> str:
     """The engine that runs the checkpoint or exported directory `path`; one line of the log says which, and why.
@@ -56,8 +59,8 @@ def _native_missing() -> str | None:
 
 
 def _onnx_missing(path: Path) -> str | None:
-    for package in ("onnxruntime", "onnx"):
-        if not _is_installed(package):
+    for package, distributions in ONNX_PACKAGES.items():
+        if not any(_is_installed(distribution) for distribution in distributions):
             return f"{package} is not installed"
     return obstacle(read_config(path)[0])
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from runtime.engine.array_logits import ArrayLogits
 from runtime.engine.base import EngineInfo
 from runtime.engine.kv_capacity import default_num_blocks, too_long
-from runtime.engine.onnx_cache import SlotCache
+from runtime.engine.onnx_cache import DeviceSlotCache, HostSlotCache
 from runtime.engine.onnx_session import open_model
 from runtime.engine.runner import SequenceSlice
 
@@ -46,27 +46,38 @@ class OnnxRunner:
     on the other side of a rounding (docs/onnx.md says how often).
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 0, num_slots: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int = 0,
+        provider: str = "cpu",
+        num_slots: int | None = None,
+    ) -> None:
         """Opens an exported directory or a checkpoint, see `onnx_session.open_model` for errors.
 
         Args:
             threads: 0 for as many as the process may use.
+            provider: what the graph runs on, one of `onnx_provider.PROVIDERS`.
             num_slots: sequences that the KV cache holds; how many by default: see `default_num_blocks`.
 
         Raises:
             CheckpointError: also where there is not memory enough for one context.
         """
-        model = open_model(path, threads)
+        model = open_model(path, threads, provider)
         config = model.config
         self._session, self._config = model.session, config
         self._bindings: dict[tuple[int, int], Any] = {}
-        self._info = EngineInfo("onnx", model.precision, config.max_position_embeddings, config.vocab_size)
-        # Two arrays of four bytes a number.
-        slot_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.block_size
+        self._info = EngineInfo(
+            "onnx", model.precision, config.max_position_embeddings, config.vocab_size, model.kernel
+        )
+        values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.block_size
+        slot_bytes = model.cache_dtype.itemsize * values
         if num_slots is None:
             num_slots = max(LEAST_SLOTS, default_num_blocks(Path(path), config, slot_bytes, self.block_size))
         try:
-            self._cache = SlotCache(config, num_slots)
+            memory = HostSlotCache if provider == "cpu" else DeviceSlotCache
+            self._cache = memory(config, num_slots, model.cache_dtype)
         except (MemoryError, ValueError):  # numpy raises ValueError for what no machine could address
             positions = num_slots * self.block_size
             raise too_long(Path(path), positions, slot_bytes / self.block_size) from None
@@ -100,16 +111,37 @@ class OnnxRunner:
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """See `ModelRunner.copy_blocks`."""
-        self._cache.copy(sources, targets)
+        for source, target in zip(sources, targets, strict=True):
+            if isinstance(self._cache, HostSlotCache):
+                self._cache.copy(source, target)
+            else:
+                self._copy_by_step(source, target)
+
+    def _copy_by_step(self, source: int, target: int) -> None:
+        """Copies a slot where only the graph can: by a step that reads the one and writes the other.
+
+        Its token goes behind what the sequence has, where the next one will overwrite it.
+        """
+        start = self._cache.filled[source]
+        binding = self._session.io_binding()
+        self._cache.bind_past(binding, source, 1)
+        self._cache.bind_present(binding, target, 1)
+        nothing = np.zeros(0, np.int64)
+        self._compute(binding, _Call(source, np.zeros((1, 1), np.int64), start[None], nothing))
+        self._cache.filled[target] = start
 
     def _run(self, call: _Call) -> Floats:
-        binding = self._binding(call.first_slot, len(call.ids))
+        return self._compute(self._binding(call.first_slot, len(call.ids)), call)
+
+    def _compute(self, binding: Any, call: _Call) -> Floats:
         inputs = call.inputs()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         logits_RV = np.empty((len(inputs["logit_rows"]), self._config.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits_RV.shape, logits_RV.ctypes.data)
+        binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
         return logits_RV[: len(call.logit_rows)]
 
     def _binding(self, first_slot: int, count: int) -> Any:
@@ -119,10 +151,8 @@ class OnnxRunner:
             if len(self._bindings) == MOST_BINDINGS:
                 self._bindings.clear()
             binding = self._session.io_binding()
-            for name, array in self._cache.views(*key):
-                place = "cpu", 0, np.float32, array.shape, array.ctypes.data
-                binding.bind_input(f"past.{name}", *place)
-                binding.bind_output(f"present.{name}", *place)
+            self._cache.bind_past(binding, *key)
+            self._cache.bind_present(binding, *key)
             self._bindings[key] = binding
         return self._bindings[key]
 

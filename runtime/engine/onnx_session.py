@@ -6,15 +6,21 @@ onnxruntime is imported when a session is opened, and not before; onnx only wher
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from quant.format import CheckpointReader
 from quant.llama import CheckpointError, LlamaConfig
-from quant.onnx_directory import GRAPH_FILE, is_exported, read_export
+from quant.onnx_directory import ATTENTION_TYPES, GRAPH_FILE, is_exported, read_export
+from runtime.engine.onnx_provider import OnnxProviderError, open_session, placement, require_provider
+
+log = logging.getLogger(__name__)
 
 
 class OnnxUnavailableError(ImportError):
@@ -23,11 +29,20 @@ class OnnxUnavailableError(ImportError):
 
 @dataclass(frozen=True, slots=True)
 class OnnxModel:
-    """A session, and what it computes: the model's shape and its precision, as `Checkpoint.precision`."""
+    """A session, and what it computes.
+
+    Attributes:
+        config: the model's shape.
+        precision: as `Checkpoint.precision`.
+        cache_dtype: of keys and values.
+        kernel: as `EngineInfo.kernel`: the provider, and which nodes it has not.
+    """
 
     session: Any
     config: LlamaConfig
     precision: str
+    cache_dtype: np.dtype[Any]
+    kernel: str
 
 
 def require_onnxruntime(building: bool = False) -> None:
@@ -42,32 +57,57 @@ def require_onnxruntime(building: bool = False) -> None:
             ) from error
 
 
-def open_model(path: str | os.PathLike[str], threads: int) -> OnnxModel:
+def open_model(path: str | os.PathLike[str], threads: int, provider: str = "cpu") -> OnnxModel:
     """The model in a directory that `osp export --format onnx` made, or in a checkpoint directory.
 
-    The graph of a checkpoint goes through a temporary directory, which is gone when this returns.
+    The graph of a checkpoint goes through a temporary directory, which is gone when this returns. The log says what
+    runs it.
+
+    Args:
+        threads: 0 for as many as the process may use.
+        provider: one of `onnx_provider.PROVIDERS`.
 
     Raises:
         OnnxUnavailableError: a package is missing.
+        OnnxProviderError: the provider is not in the installed onnxruntime, or cannot be loaded.
         CheckpointError: the directory is neither, or its files are not those that were exported.
     """
     root = Path(path)
     exported = is_exported(root)
     require_onnxruntime(building=not exported)
+    require_provider(provider)
     if exported:
         config, precision = read_export(root)
-        return OnnxModel(_session(root, root, threads), config, precision)
+        return _opened(root, root, threads, provider, config, precision)
     # It needs onnx, which to run an exported model does not.
     from quant.export_onnx import precision_of, require_exportable, write_graph
 
     reader = CheckpointReader(root)
     require_exportable(reader)
     with tempfile.TemporaryDirectory(prefix="osp-onnx-") as directory:
-        write_graph(reader, Path(directory), "float32")
-        return OnnxModel(_session(Path(directory), root, threads), reader.config, precision_of(reader))
+        write_graph(reader, Path(directory), "float32" if provider == "cpu" else "float16")
+        return _opened(Path(directory), root, threads, provider, reader.config, precision_of(reader))
 
 
-def _session(directory: Path, root: Path, threads: int) -> Any:
+def _opened(directory: Path, root: Path, threads: int, provider: str, config: LlamaConfig, precision: str) -> OnnxModel:
+    session = _session(directory, root, threads, provider)
+    placed = placement(session)
+    if misplaced := placed.misplaced(provider):
+        if "GroupQueryAttention" in misplaced:
+            raise CheckpointError(
+                root,
+                f"its attention is in float32, of which the provider {provider} has no kernel: export it again with "
+                "--attention float16",
+            )
+        log.warning("engine onnx: %d nodes run on the CPU, not on %s", misplaced.total(), provider)
+    kernel = placed.described(provider)
+    log.info("engine onnx: kernel %s, %d threads", kernel, session.get_session_options().intra_op_num_threads)
+    (kind,) = {session_input.type for session_input in session.get_inputs() if session_input.name.startswith("past.")}
+    cache_dtype = np.dtype(ATTENTION_TYPES["float16" if kind == "tensor(float16)" else "float32"])
+    return OnnxModel(session, config, precision, cache_dtype, kernel)
+
+
+def _session(directory: Path, root: Path, threads: int, provider: str) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -75,6 +115,8 @@ def _session(directory: Path, root: Path, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(directory / GRAPH_FILE, options, providers=["CPUExecutionProvider"])
+        return open_session(directory / GRAPH_FILE, provider, options)
+    except OnnxProviderError:
+        raise
     except Exception as error:  # the library's errors have no class of their own
         raise CheckpointError(root, f"ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error

@@ -14,6 +14,7 @@ from runtime.engine.choice import choose_engine
 from runtime.engine.local import LocalEngine
 from runtime.engine.native import NativeRunner
 from runtime.engine.onnx import OnnxRunner
+from runtime.engine.onnx_provider import OnnxProviderError
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.runner import ModelRunner
 from runtime.engine.scheduler import SchedulerLimits
@@ -43,6 +44,8 @@ class EngineOptions:
     Attributes:
         threads: 0 for as many as the process may use. The reference engine has no use for it.
         kernel: of the native engine: one of `osp bench kernel`'s; empty for the best that the processor runs.
+        onnx_provider: of the ONNX engine: what its graph runs on, one of `onnx_provider.PROVIDERS`; no other engine has
+            use for any but the CPU.
         stream_interval_s: least seconds between two deliveries of tokens, see `runtime.engine.stream.Mailroom`.
         vllm: vLLM's engine arguments by name, see `runtime.engine.vllm_arguments`; no other engine has use for them.
     """
@@ -50,6 +53,7 @@ class EngineOptions:
     threads: int = 0
     kernel: str = ""
     stream_interval_s: float = 0.0
+    onnx_provider: str = "cpu"
     vllm: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +66,7 @@ def load_engine(
         UnknownEngineError: no such engine; raised before anything is read.
         NativeLibraryError: the native engine is asked for by name, and is not built.
         OnnxUnavailableError: the ONNX engine is asked for by name, and its packages are not installed.
+        OnnxProviderError: the options name a provider of ONNX Runtime that does not run here, or that is of no use.
         CheckpointError: `path` is not a usable checkpoint.
         KernelError: the options name a kernel that this processor does not run.
         VllmUnavailableError, VllmArgumentError, EngineDeadError: see `VllmEngine`.
@@ -71,6 +76,7 @@ def load_engine(
     options = options or EngineOptions()
     if name == "auto":
         name = choose_engine(path)
+    _check_provider(name, options)
     if name == VLLM:
         from runtime.engine.vllm import VllmEngine
 
@@ -90,10 +96,18 @@ def load_runner(name: str, path: Path, options: EngineOptions | None = None) -> 
     options = options or EngineOptions()
     if name == "auto":
         name = choose_engine(path, bare=True)
+    _check_provider(name, options)
     if name == "reference":
         return ReferenceRunner(read_checkpoint(path))
     if name == "onnx":
-        return OnnxRunner(path, threads=options.threads)
+        return OnnxRunner(path, threads=options.threads, provider=options.onnx_provider)
     runner = NativeRunner(path, threads=options.threads, kernel=options.kernel)
     log.info("native engine: kernel %s, %d threads", runner.kernel, runner.threads)
     return runner
+
+
+def _check_provider(name: str, options: EngineOptions) -> None:
+    if name != "onnx" and options.onnx_provider != "cpu":
+        raise OnnxProviderError(
+            f"the ONNX provider {options.onnx_provider!r} is of no use to the engine {name}; choose --engine onnx"
+        )

@@ -66,7 +66,13 @@ def _load(choice: ModelChoice, settings: ServerSettings, telemetry: Telemetry, t
     tokenizer = Tokenizer.load(choice.path)
     chat_templates = {"default": template} if template is not None else read_chat_templates(choice.path)
     limits = SchedulerLimits(max_waiting=settings.max_waiting, step_timeout_s=settings.stall_timeout)
-    options = EngineOptions(settings.threads, settings.kernel, settings.stream_interval, settings.vllm)
+    options = EngineOptions(
+        threads=settings.threads,
+        kernel=settings.kernel,
+        stream_interval_s=settings.stream_interval,
+        onnx_provider=settings.onnx_provider,
+        vllm=settings.vllm,
+    )
     # Last, when nothing else can fail: the engine starts a thread, which somebody would have to end.
     engine = load_engine(settings.engine, choice.path, limits, options)
     scheme = (quantization or {}).get("scheme")

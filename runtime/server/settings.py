@@ -72,6 +72,9 @@ class ServerSettings(BaseSettings):
     )
     kernel: str = _setting("Models", "", "The native engine's kernel, of those that osp bench kernel lists.")
 
+    onnx_provider: Literal["cpu", "cuda", "tensorrt"] = _setting(
+        "Models", "cpu", "What ONNX Runtime runs the graph on: cpu, cuda or tensorrt; of the engine onnx only."
+    )
     vllm: dict[str, Any] = _setting(
         "Models",
         {},
