@@ -62,10 +62,10 @@ class Contender:
         """
         self.letter, self.endpoint, self.session = letter, endpoint, session
         self.invalid_reasons: list[str] = []
-        self.side = Side(endpoint.model, target, endpoint.url, endpoint.engine, endpoint.precision)
+        self.side = Side(endpoint.model, target, endpoint.url, endpoint.engine, endpoint.precision, endpoint.kernel)
         if process:
-            self.side.kernel, self.side.threads = process.kernel, process.threads
-            self.side.load_seconds, self.side.weight_bytes = process.load_seconds, process.weight_bytes
+            self.side.threads, self.side.load_seconds = process.threads, process.load_seconds
+            self.side.weight_bytes = process.weight_bytes
         self._process, self._workload, self._vocab_size, self._progress = process, workload, vocab_size, progress
         self._gpus = find_gpus()
         self._energy = EnergyMeter([*rapl_zones(), *self._gpus] if counts_energy else [])

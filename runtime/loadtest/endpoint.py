@@ -27,7 +27,7 @@ class Endpoint:
         kind: `owned_by` of the model: what fields beyond OpenAI's the server knows.
         context_length: tokens of prompt and answer together; None where the server does not say.
         vocab_size: None where the server does not say.
-        engine, precision: as an osp server says; of another one, the engine is its kind.
+        engine, precision, kernel: as an osp server says; of another one, the engine is its kind.
         headers: of every request, the key among them.
         extra_body: fields of every request that the user asked for.
     """
@@ -39,6 +39,7 @@ class Endpoint:
     vocab_size: int | None = None
     engine: str | None = None
     precision: str | None = None
+    kernel: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     extra_body: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import pynvml
+
+from runtime.loadtest.server_process import session_of
 
 
 class Gpu:
@@ -36,7 +37,7 @@ class Gpu:
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         except pynvml.NVMLError:
             return None
-        held = [process.usedGpuMemory for process in processes if _session_of(process.pid) == session]
+        held = [process.usedGpuMemory for process in processes if session_of(process.pid) == session]
         return None if not held or None in held else sum(held)
 
     def _counter_J(self) -> float | None:  # noqa: N802 - the unit
@@ -63,10 +64,3 @@ def gpu_memory_MB(gpus: Sequence[Gpu], session: int) -> float | None:  # noqa: N
     """
     held = [held for gpu in gpus if (held := gpu.held_bytes(session)) is not None]
     return sum(held) / 1e6 if held else None
-
-
-def _session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return None

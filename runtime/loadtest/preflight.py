@@ -46,14 +46,16 @@ async def find_endpoint(
     base = base if base.endswith("/v1") else f"{base}/v1"
     card = _pick(await _models(session, base), model, base)
     kind = str(card.get("owned_by") or "unknown")
+    info = await _engine_info(session, base, kind, card["id"])
     endpoint = Endpoint(
         url=base,
         model=card["id"],
         kind=kind,
         context_length=card.get("max_model_len"),
-        vocab_size=await _vocab_size(session, base, kind, card["id"]),
+        vocab_size=int(info["vocab_size"]) if "vocab_size" in info else None,
         engine=card.get("engine") or kind,
         precision=card.get("precision"),
+        kernel=info.get("kernel") or None,  # empty where an engine has no kernels to choose from
         headers=dict(headers),
         extra_body=dict(extra_body),
     )
@@ -90,10 +92,7 @@ def _pick(cards: list[dict[str, Any]], model: str | None, base: str) -> dict[str
     raise EndpointError(f"{base} does not serve {model or 'any model'}; it serves {served}")
 
 
-async def _vocab_size(session: aiohttp.ClientSession, base: str, kind: str, model: str) -> int | None:
-    """Of an osp server, which says it in a metric's label."""
-    if kind != OSP:
-        return None
-    metrics = await read_metrics(session, base.removesuffix("/v1"), model)
-    size = metrics.label("osp_engine_info", "vocab_size") if metrics else None
-    return int(size) if size else None
+async def _engine_info(session: aiohttp.ClientSession, base: str, kind: str, model: str) -> Mapping[str, str]:
+    """What an osp server says of the model's engine, in a metric's labels; {} where it says nothing."""
+    metrics = await read_metrics(session, base.removesuffix("/v1"), model) if kind == OSP else None
+    return metrics.labels.get("osp_engine_info", {}) if metrics else {}

@@ -17,6 +17,10 @@ from runtime.loadtest.workload import Turn
 AGREEMENT_PROMPTS, AGREEMENT_PROMPT_TOKENS, AGREEMENT_TOKENS = 32, 32, 64
 """Of token agreement: how many answers are compared, to beginnings of how many tokens, and their length."""
 
+ROOM_TOKENS = 1
+"""Of the context, left free by what is scored: vLLM refuses a prompt that leaves no room for an answer. For all servers
+alike, so that perplexities of two tests can be compared."""
+
 Progress = Callable[[], None]
 
 
@@ -158,9 +162,8 @@ async def _perplexities(
     contexts = [probe.endpoint.context_length for probe in probes]
     if None in contexts:
         raise QualityError("a server does not say how long its context is (max_model_len in /v1/models)")
-    room = 0 if all(probe.endpoint.kind == OSP for probe in probes) else 1
-    context = min(length for length in contexts if length is not None) - room
-    cut = list(_first_windows(windows(encoded, context), most_tokens))
+    longest = min(length for length in contexts if length is not None) - ROOM_TOKENS
+    cut = list(_first_windows(windows(encoded, longest), most_tokens))
     found = []
     for probe in probes:
         losses = [-sum(await probe.log_likelihoods(window)) for window in cut]

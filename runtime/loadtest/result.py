@@ -81,7 +81,7 @@ class Side:
     Attributes:
         name: what people call it.
         target: as it was given: a checkpoint or a URL.
-        engine, precision: as the server says; kernel, threads: where this program started the server.
+        engine, precision, kernel: as the server says; threads: where this program started the server.
         load_seconds: from the start of the process until it answers that it is ready.
         peak_rss_MB, gpu_memory_MB: of the server, 10^6 bytes.
         weight_bytes: size of the weight files.

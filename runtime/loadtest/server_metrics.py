@@ -35,10 +35,6 @@ class MetricsPage:
     values: dict[str, float] = field(default_factory=dict)
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def label(self, name: str, label: str) -> str | None:
-        """A label of a metric; None where there is no such metric or label."""
-        return self.labels.get(name, {}).get(label)
-
 
 async def read_metrics(session: aiohttp.ClientSession, root: str, model: str) -> MetricsPage | None:
     """The page at `root`/metrics; None where there is none that can be read: not every server has one."""

@@ -24,7 +24,7 @@ LOG_LINES = 5
 """Of a server that does not start: what is shown."""
 
 _SERVING = re.compile(r"serving .* at (https?://\S+)")
-_KERNEL = re.compile(r"kernel (\S+), (\d+) threads")
+_THREADS = re.compile(r"native engine: kernel \S+, (\d+) threads")
 
 
 class ServerProcess:
@@ -34,7 +34,7 @@ class ServerProcess:
         command: as it was started.
         url: where it answers.
         load_seconds: from its start until it served.
-        kernel, threads: as its log says; None where it does not.
+        threads: that compute, as its log says; None where it does not.
         weight_bytes: size of the checkpoint's weight files.
     """
 
@@ -61,9 +61,8 @@ class ServerProcess:
             self.close()
             raise
         self.load_seconds = time.perf_counter() - began
-        kernel = _KERNEL.search(self._read_log())
-        self.kernel = kernel[1] if kernel else None
-        self.threads = int(kernel[2]) if kernel else None
+        threads = _THREADS.search(self._read_log())
+        self.threads = int(threads[1]) if threads else None
 
     def __enter__(self) -> Self:
         return self
@@ -79,13 +78,13 @@ class ServerProcess:
         return self._process.pid
 
     def peak_rss_MB(self) -> float | None:  # noqa: N802 - the unit
-        """The most memory that the process has had resident, 10^6 bytes; None once it has ended."""
-        try:
-            status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-        return int(peak[1]) * 1024 / 1e6 if peak else None
+        """The most memory that the server has had resident, 10^6 bytes; None once it has ended.
+
+        Of several processes (vLLM's) the sum of what each had at most; what they share counts in each.
+        """
+        numbers = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+        peaks = [_peak_rss_kB(pid) for pid in numbers if session_of(pid) == self.pid]
+        return sum(peaks) * 1024 / 1e6 or None
 
     def close(self) -> None:
         """Ends the process, by force if it does not end by itself."""
@@ -127,6 +126,24 @@ class ServerProcess:
 
     def _read_log(self) -> str:
         return Path(self._log.name).read_text(encoding="utf-8", errors="replace")
+
+
+def session_of(pid: int) -> int | None:
+    """The id of the process that began a process's session; None once the latter has gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _peak_rss_kB(pid: int) -> int:  # noqa: N802 - the unit
+    """0 once the process has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(peak[1]) if peak else 0
 
 
 def _end(log: str) -> str:

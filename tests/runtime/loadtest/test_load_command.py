@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from fake_server import FakeServer
 
 from runtime.cli import main
+from runtime.engine.native_library import load_library
 
 ROOT = Path(__file__).parents[3]
 SMALL = ("--num-prompts", "6", "--random-input-len", "8", "--random-output-len", "4", "--num-warmups", "1")
@@ -73,7 +74,7 @@ def test_two_checkpoints_whole(model: Path, tmp_path: Path) -> None:
 
     code, out, err = run(
         str(model), str(model), *SMALL, "--repeats", "2", "--sweep-seconds", "0.2", "--quality-data", str(text),
-        "--json", "--out", str(tmp_path / "out"),
+        "--threads", "1", "--json", "--out", str(tmp_path / "out"),
     )  # fmt: skip
 
     result = json.loads(out)
@@ -94,6 +95,9 @@ def test_two_checkpoints_whole(model: Path, tmp_path: Path) -> None:
         assert side["total_input_tokens"] == 48
         assert side["weight_bytes"] == (model / "osp.safetensors").stat().st_size
         assert side["peak_rss_MB"] > 10
+        if side["engine"] == "native":
+            assert side["kernel"] in load_library().available_kernels()
+            assert side["threads"] == 1
         assert len(side["server_metrics"]["checked"]) == 4
         assert [len(repeat["samples"]["ttft_ms"]) for repeat in side["repeats"]] == [6, 6]
         assert side["sweep"]
