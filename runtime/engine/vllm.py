@@ -34,6 +34,7 @@ from runtime.engine.scheduler import SchedulerLimits
 from runtime.engine.stream import Event, Mailroom, Stream
 from runtime.engine.validation import check_request
 from runtime.engine.vllm_arguments import engine_arguments, require_vllm
+from runtime.engine.vllm_lifeline import lifeline
 from runtime.engine.vllm_plugin import kernels_text
 from runtime.engine.vllm_stats import StepRecord
 from runtime.engine.vllm_translation import SequenceReader, sampling_params
@@ -94,7 +95,8 @@ class VllmEngine:
         self._steps = StepRecord()
         configured = engine_arguments(path, arguments or {})
         try:
-            self._llm: Any = AsyncLLM.from_engine_args(configured, stat_loggers=[self._steps.logger])
+            with lifeline():
+                self._llm: Any = AsyncLLM.from_engine_args(configured, stat_loggers=[self._steps.logger])
         except (RuntimeError, ValueError) as error:
             raise EngineDeadError(f"vLLM does not start: {error}") from error
         config = self._llm.vllm_config

@@ -9,6 +9,7 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
     vllm_kernels.py        what a product is; torch's own, by vllm_arithmetic.py, quant.arithmetic in torch
     vllm_native.py         the native engine's, on CPUs
     vllm_cuda.py           vLLM's, on CUDA cards
+    vllm_lifeline.py       the end of a process whose server has been killed
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ NAME = "osp"
 def register() -> None:
     """Makes `osp` a quantization method of vLLM; may be called several times.
 
+    In a process of a server of ours, it also sees to it that the process ends with the server.
+
     Raises:
         ImportError: this vLLM is not one that the plugin was written for.
     """
+    from runtime.engine.vllm_lifeline import hold_lifeline
+
+    hold_lifeline()
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from runtime.engine.vllm_quantization import OspConfig
