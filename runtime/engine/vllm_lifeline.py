@@ -1,9 +1,9 @@
 """Ends vLLM's processes with the server that started them, also where it was killed and could tell them nothing.
 
-vLLM starts its engine's process with multiprocessing, and that one its workers. A child of multiprocessing has the end of
-a pipe that its parent holds open for as long as it lives (`multiprocessing.parent_process`). The plugin, which vLLM loads
-in each of them, watches it there. Linux's own means, PR_SET_PDEATHSIG, would not do: it fires when the *thread* that
-started a process ends, and the thread that loads a model ends long before the server.
+The server starts vLLM's engine with multiprocessing, and that process its workers. A child of multiprocessing has one
+end of a pipe whose other end is open for as long as the parent lives (`multiprocessing.parent_process`). The plugin,
+which vLLM loads in each of them, watches it there. Linux's own means, PR_SET_PDEATHSIG, would not do: it fires when the
+*thread* that started a process ends, and the thread that loads a model ends long before the server.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _HOLDER = "OSP_VLLM_LIFELINE"
-"""Environment variable: the id of the process that holds the lifeline. What it starts, and what that starts, inherits it."""
+"""Environment variable: the id of the process that holds the lifeline. What it starts inherits it, and passes it on."""
 
 
 @contextmanager

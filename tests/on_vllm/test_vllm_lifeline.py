@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from runtime.loadtest.server_process import ServerProcess
+
 pytest.importorskip("vllm", reason="vLLM is not installed here; docs/vllm.md says how")
 psutil = pytest.importorskip("psutil")  # vLLM brings it
-
-from runtime.loadtest.server_process import ServerProcess
 
 LEAVE_S = 10
 ARGUMENTS = ("--engine", "vllm", "--vllm.enforce-eager", "--vllm.max-num-seqs=4", "--stall-timeout", "600")
@@ -32,7 +32,7 @@ def server() -> Iterator[ServerProcess]:
 
 def test_the_memory_of_a_server_is_that_of_all_its_processes(server: ServerProcess) -> None:
     tree = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    resident_MB = sum(process.memory_info().rss for process in tree) / 1e6  # noqa: N806 - the unit
+    resident_MB = sum(process.memory_info().rss for process in tree) / 1e6
     measured = server.peak_rss_MB()
     assert measured is not None
     assert len(tree) > 2

@@ -4,6 +4,7 @@ vLLM's own process is killed under it. Runs where vLLM is installed.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -19,6 +20,9 @@ from server_process import EVENT_A_TOKEN, ServerProcess, osp_serve, running_serv
 
 from benchmarks.served_perplexity import computed_scores, served_scores, tokenize
 from quant.text import windows
+from runtime.loadtest.endpoint import Endpoint
+from runtime.loadtest.preflight import find_endpoint, open_session
+from runtime.loadtest.quality import QualityProbe, measure_quality
 from runtime.model_store import resolve_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; docs/vllm.md says how")
@@ -62,6 +66,26 @@ def test_perplexity_is_the_reference_engine_s(server: ServerProcess) -> None:
     assert math.exp(abs(served.mean() - computed.mean())) < 1.005
     # A sum in another order moves an input across a rounding boundary now and then, and that token's score with it.
     assert np.abs(served - computed).mean() < 0.05
+
+
+def test_a_load_test_finds_the_kernel_and_measures_quality(server: ServerProcess) -> None:
+    text = TEXT.read_text("utf-8")
+
+    async def measure() -> tuple[Endpoint, dict[str, Any], list[int]]:
+        async with open_session({}, 120) as session:
+            endpoint = await find_endpoint(session, server.url, None, {}, {})
+            probe = QualityProbe(session, endpoint, lambda: None)
+            return endpoint, await measure_quality([probe], [text], most_tokens=1), await probe.tokenize(text)
+
+    endpoint, quality, tokens = asyncio.run(measure())
+    assert endpoint.kernel is not None
+    assert endpoint.kernel.startswith("native int4 (")
+    # One window, as long as vLLM takes it.
+    assert endpoint.context_length is not None
+    [scored] = list(windows([tokens], endpoint.context_length - 1))[:1]
+    computed = computed_scores("reference", resolve_model("demo"), [scored], kv_bits=16)
+    assert quality["perplexity"]["tokens"] == len(computed) == endpoint.context_length - 2
+    assert quality["perplexity"]["A"] == pytest.approx(math.exp(-computed.mean()), rel=0.005)
 
 
 def test_metrics_and_the_log_name_the_kernel_of_each_layer(server: ServerProcess) -> None:
