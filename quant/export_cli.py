@@ -11,7 +11,7 @@ import click
 from quant.export import ACTIVATIONS, export_checkpoint
 from quant.export import FORMATS as STOCK_FORMATS
 from quant.llama import CheckpointError
-from quant.onnx_directory import ATTENTION_TYPES
+from quant.onnx_directory import CACHE_TYPES
 from quant.onnx_directory import FORMAT as ONNX
 
 FORMATS = (*STOCK_FORMATS, ONNX)
@@ -36,13 +36,13 @@ def _check_format(_ctx: click.Context, _param: click.Parameter, value: str) -> s
     "(W4A4).",
 )
 @click.option(
-    "--attention",
-    type=click.Choice(list(ATTENTION_TYPES)),
-    help="onnx. What attention is computed in, and keys and values are held in: float32 (the default), or float16, "
-    "which ONNX Runtime's provider for CUDA needs.",
+    "--device",
+    type=click.Choice(list(CACHE_TYPES)),
+    help="onnx. What the graph is for: cpu (the default), or cuda, whose products are others and whose attention is in "
+    "float16.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def export(model: Path, form: str, out: Path, activations: str, attention: str | None, as_json: bool) -> None:
+def export(model: Path, form: str, out: Path, activations: str, device: str | None, as_json: bool) -> None:
     """Write the checkpoint in the directory MODEL as other engines load it.
 
     compressed-tensors: a quantized one, as transformers and vLLM load it. One that they would compute wrongly is
@@ -52,9 +52,9 @@ def export(model: Path, form: str, out: Path, activations: str, attention: str |
     """
     try:
         if form == ONNX:
-            report = _export_onnx(model, out, activations, attention)
-        elif attention is not None:
-            raise click.UsageError("--attention is of --format onnx")
+            report = _export_onnx(model, out, activations, device)
+        elif device is not None:
+            raise click.UsageError("--device is of --format onnx")
         else:
             report = export_checkpoint(model, out, activations=activations)
     except (CheckpointError, OSError) as error:
@@ -62,12 +62,12 @@ def export(model: Path, form: str, out: Path, activations: str, attention: str |
     click.echo(json.dumps({"out": str(out), **report}) if as_json else _as_text(out, report))
 
 
-def _export_onnx(model: Path, out: Path, activations: str, attention: str | None) -> dict[str, Any]:
+def _export_onnx(model: Path, out: Path, activations: str, device: str | None) -> dict[str, Any]:
     if activations != "none":
         raise click.UsageError("--activations is of --format compressed-tensors; ONNX has the scheme's own")
     from quant.export_onnx import export_onnx  # onnx is an extra
 
-    return export_onnx(model, out, attention or "float32")
+    return export_onnx(model, out, device or "cpu")
 
 
 def _as_text(out: Path, report: dict[str, Any]) -> str:

@@ -14,21 +14,19 @@ from quant.directories import appearing_whole, copy_companions
 from quant.files import read_json, write_json
 from quant.format import CheckpointReader
 from quant.llama import CheckpointError
-from quant.onnx_directory import ATTENTION_TYPES, EXPORT_VERSION, FORMAT, export_record, obstacle
+from quant.onnx_directory import CACHE_TYPES, EXPORT_VERSION, FORMAT, export_record, obstacle
 from quant.onnx_llama import build_graph
 
 
-def export_onnx(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], attention: str = "float32"
-) -> dict[str, Any]:
+def export_onnx(source: str | os.PathLike[str], out: str | os.PathLike[str], device: str = "cpu") -> dict[str, Any]:
     """Writes the checkpoint at `source`, of any scheme or in full precision, into the directory `out`, which appears
     whole or not at all.
 
     Args:
-        attention: one of `ATTENTION_TYPES`.
+        device: what it is for, one of `CACHE_TYPES`.
 
     Returns:
-        What was written: format, precision, attention, bytes of weights, and notes, which are sentences.
+        What was written: format, precision, device, bytes of weights, and notes, which are sentences.
 
     Raises:
         CheckpointError: `source` is not a usable checkpoint, or is one that ONNX Runtime cannot compute.
@@ -40,17 +38,17 @@ def export_onnx(
     with appearing_whole(Path(out)) as partial:
         copy_companions(reader.path, partial)
         write_json(partial / "config.json", read_json(reader.path, "config.json", ""))
-        weight_bytes = write_graph(reader, partial, attention)
-        export = export_record(partial, precision_of(reader), attention)
+        weight_bytes = write_graph(reader, partial, device)
+        export = export_record(partial, precision_of(reader), device)
         write_json(
             partial / "osp.json", {**reader.provenance, "tool_version": version("osp-runtime"), "export": export}
         )
     return {
         "format": FORMAT,
         "precision": precision_of(reader),
-        "attention": attention,
+        "device": device,
         "bytes": weight_bytes,
-        "notes": _notes(reader, attention),
+        "notes": _notes(reader, device),
     }
 
 
@@ -60,16 +58,16 @@ def require_exportable(reader: CheckpointReader) -> None:
         raise CheckpointError(reader.path, f"{reason}; run it with the native engine")
 
 
-def write_graph(reader: CheckpointReader, directory: Path, attention: str) -> int:
+def write_graph(reader: CheckpointReader, directory: Path, device: str) -> int:
     """Writes the two files of the graph into a directory; returns the bytes of its weights.
 
     Args:
-        attention: one of `ATTENTION_TYPES`.
+        device: what it is for, one of `CACHE_TYPES`.
 
     Raises:
         CheckpointError: a value in the checkpoint is not finite, or is none that a quantizer writes.
     """
-    graph = build_graph(reader, ATTENTION_TYPES[attention])
+    graph = build_graph(reader, device)
     graph.write(directory, {"osp_export_version": str(EXPORT_VERSION), "osp_precision": precision_of(reader)})
     return graph.weight_bytes
 
@@ -79,13 +77,14 @@ def precision_of(reader: CheckpointReader) -> str:
     return reader.scheme.label if reader.scheme else str(reader.norm("model.norm.weight").dtype)
 
 
-def _notes(reader: CheckpointReader, attention: str) -> list[str]:
+def _notes(reader: CheckpointReader, device: str) -> list[str]:
     """What takes more memory than in the checkpoint, a sentence each."""
     notes = []
     if reader.scheme is None:
         notes.append("weights become float32: ONNX Runtime's products of floats on CPUs know no bfloat16")
     elif reader.scheme.kv_bits < 16:
+        held = CACHE_TYPES[device].__name__
         notes.append(
-            f"keys and values are rounded to {reader.scheme.kv_bits} bits as the scheme says, and held in {attention}"
+            f"keys and values are rounded to {reader.scheme.kv_bits} bits as the scheme says, and held in {held}"
         )
     return notes

@@ -4,13 +4,14 @@ config.json       the source's: the model's shape, and the scheme
 model.onnx        the graph, see `quant.onnx_llama`
 model.onnx.data   its weights
 tokenizer.json    and what else lies beside a checkpoint's weights
-osp.json          the source's; `export` has format, version, precision, attention (the type of attention and cache)
-                  and the SHA-256 of the graph's two files
+osp.json          the source's; `export` has format, version, precision, the device that the graph is for, and the
+                  SHA-256 of its two files
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -30,11 +31,25 @@ EXPORT_VERSION = 1
 """Of the graph's inputs and outputs; another is refused."""
 
 
-ATTENTION_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
-"""What attention can be computed in, and the cache is held in, by name. CUDA has kernels in float16 only."""
+CACHE_TYPES: dict[str, type[np.generic]] = {"cpu": np.float32, "cuda": np.float16}
+"""The devices that a graph can be for, and what attention is computed in there, and keys and values are held in."""
 
 HEAD_MULTIPLE = 8
 """The attention of ONNX Runtime takes heads of no other width."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What is in an exported directory.
+
+    Attributes:
+        precision: as `Checkpoint.precision`.
+        device: which of `CACHE_TYPES` the graph is for.
+    """
+
+    config: LlamaConfig
+    precision: str
+    device: str
 
 
 def obstacle(config: LlamaConfig) -> str | None:
@@ -49,20 +64,20 @@ def is_exported(root: Path) -> bool:
     return os.path.lexists(root / GRAPH_FILE)
 
 
-def export_record(root: Path, precision: str, attention: str) -> dict[str, Any]:
+def export_record(root: Path, precision: str, device: str) -> dict[str, Any]:
     """The entry `export` of osp.json, of the files that lie in `root`."""
     hashes = {name: sha256(root / name) for name in (GRAPH_FILE, WEIGHTS_FILE)}
     return {
         "format": FORMAT,
         "version": EXPORT_VERSION,
         "precision": precision,
-        "attention": attention,
+        "device": device,
         "sha256": hashes,
     }
 
 
-def read_export(root: Path) -> tuple[LlamaConfig, str]:
-    """The shape and the precision of an exported model, all of whose files are as they were written.
+def read_export(root: Path) -> Export:
+    """What an exported model is, all of whose files are as they were written.
 
     Raises:
         CheckpointError: the graph is not ours, or of another version; a file is missing, or is another than recorded.
@@ -86,7 +101,7 @@ def read_export(root: Path) -> tuple[LlamaConfig, str]:
         if not os.path.isfile(root / name):
             raise CheckpointError(root, f"{name} is missing; export the checkpoint again")
         _check_hash(root, name, recorded.get(name) if isinstance(recorded, dict) else None)
-    return config, str(export.get("precision"))
+    return Export(config, str(export.get("precision")), str(export.get("device", "cpu")))
 
 
 def _check_hash(root: Path, name: str, recorded: Any) -> None:

@@ -34,8 +34,13 @@ Shape = Sequence[int | str]
 class GraphBuilder:
     """Collects nodes and weights. Every method that adds a node gives the names of what the node computes."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        """Args:
+        device: what the graph is for, one of `CACHE_TYPES`; what it changes is the business of who adds nodes.
+        """
+        self.device = device
         self._nodes: list[onnx.NodeProto] = []
+        self._count = 0
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._weights: dict[str, NDArray[Any]] = {}
@@ -58,12 +63,35 @@ class GraphBuilder:
         self, operator: str, inputs: Sequence[str], outputs: int | Sequence[str], domain: str = "", **attributes: Any
     ) -> list[str]:
         """Adds a node with several outputs: so many, or those of the given names."""
-        number = len(self._nodes)
-        names = [f"{operator}.{number}.{i}" for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
-        self._nodes.append(
-            helper.make_node(operator, inputs, names, f"{operator}.{number}", domain=domain, **attributes)
-        )
+        self._count += 1
+        name = f"{operator}.{self._count}"
+        names = [f"{name}.{i}" for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        self._nodes.append(helper.make_node(operator, inputs, names, name, domain=domain, **attributes))
         return names
+
+    def either(
+        self,
+        condition: str,
+        first: Callable[[], Sequence[str]],
+        second: Callable[[], Sequence[str]],
+        outputs: Mapping[str, type[np.generic]],
+    ) -> list[str]:
+        """Adds two graphs of which one is run: `first` where the condition holds, else `second`.
+
+        Args:
+            first: adds nodes, which may read whatever was computed before; gives the names of what it computes.
+            outputs: what the graph that is run computes is called by these names.
+        """
+        kinds = [np_kind(dtype) for dtype in outputs.values()]
+        branches = {"then_branch": self._branch(first, kinds), "else_branch": self._branch(second, kinds)}
+        return self.nodes("If", [condition], list(outputs), **branches)
+
+    def _branch(self, build: Callable[[], Sequence[str]], kinds: Sequence[int]) -> onnx.GraphProto:
+        around, self._nodes = self._nodes, []
+        names = build()
+        nodes, self._nodes = self._nodes, around
+        outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(names, kinds, strict=True)]
+        return helper.make_graph(nodes, f"branch.{self._count}", [], outputs)
 
     def constant(self, values: Any, dtype: type[np.generic] = np.float32) -> str:
         """The name of a small constant; equal ones are one."""
@@ -91,7 +119,7 @@ class GraphBuilder:
         return name if name in self._weights else self.weight(name, make())
 
     def operators(self) -> list[str]:
-        """Which operators it has, in the order in which they were added."""
+        """Which operators it has, but for those of branches, in the order in which they were added."""
         return [node.op_type for node in self._nodes]
 
     @property

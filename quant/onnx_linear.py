@@ -12,6 +12,9 @@ it is. The sums are then integers that float32 holds, exact in any order.
                                         floats
     not quantized          16 or 32     MatMul of floats                        32 bits
 
+CUDA knows no accuracy level: there the products of floats have codes as inputs, sums of which float32 holds. Others are
+`MatMulInteger` of int8, which it has, of uint8 it has none.
+
 uint8 on both sides, because the kernels of int8 weights without VNNI saturate sums of two products in 16 bits.
 
 Level 4 rounds half to even as the scheme does, so that no node has to before. Every node costs a decoding step a few
@@ -39,6 +42,12 @@ Linear = Tensor | QuantizedLinear
 
 BLOCK_SIZES = (256, 128, 64, 32)
 """Those of `MatMulNBits` that are tried."""
+
+MOST_ON_CUDA = 128
+"""The largest that it has kernels for."""
+
+CUBLAS_MULTIPLE = 4
+"""It multiplies int8 in reductions of no other width."""
 
 INTEGERS, FLOATS = 4, 1
 """Accuracy levels of `MatMulNBits`: inputs rounded to int8; inputs in float32."""
@@ -81,7 +90,9 @@ def add_linear(graph: GraphBuilder, x: str, name: str, layer: Linear) -> str:
         sums = _float_product(graph, x, name, layer.weight)
         return graph.node("Mul", sums, graph.weight(f"{name}.scale", layer.weight.scale))
     scale = _token_scale(graph, x, layer.input_bits) if layer.input_scale is None else graph.constant(layer.input_scale)
-    if _is_narrow(layer):
+    if graph.device == "cuda":
+        sums = _product_on_cuda(graph, add_quantize(graph, x, scale, layer.input_bits), name, layer)
+    elif _is_narrow(layer):
         sums = _narrow_product(graph, graph.node("Div", x, scale), name, layer)
     else:
         sums = _integer_product(graph, add_quantize(graph, x, scale, layer.input_bits), name, layer.weight)
@@ -166,7 +177,8 @@ def _narrow_product(graph: GraphBuilder, x: str, name: str, layer: QuantizedLine
 
 def _float_product(graph: GraphBuilder, x: str, name: str, weight: QuantizedWeight) -> str:
     """Sums of products of floats with codes."""
-    return _blocked_product(graph, x, name, weight.codes, weight.bits, BLOCK_SIZES[0], FLOATS)
+    size = MOST_ON_CUDA if graph.device == "cuda" else BLOCK_SIZES[0]
+    return _blocked_product(graph, x, name, weight.codes, weight.bits, size, FLOATS)
 
 
 def _blocked_product(
@@ -186,6 +198,19 @@ def _integer_product(graph: GraphBuilder, codes: str, name: str, weight: Quantiz
     stored_KM = (weight.codes.view(np.uint8) + np.uint8(128)).T  # the sum wraps, as it must
     zero = graph.constant(128, np.uint8)
     sums = graph.node("MatMulInteger", moved, graph.weight(name, stored_KM), zero, zero)
+    return graph.node("Cast", sums, to=np_kind(np.float32))
+
+
+def _product_on_cuda(graph: GraphBuilder, codes: str, name: str, layer: QuantizedLinear) -> str:
+    """Exact sums of products of codes, which are still floats."""
+    weight = layer.weight
+    if weight.bits == 4 and 8 * 2 ** (layer.input_bits - 1) * weight.columns <= EXACT_SUM:
+        return _float_product(graph, codes, name, weight)
+    missing = -weight.columns % CUBLAS_MULTIPLE
+    if missing:
+        codes = graph.node("Pad", codes, graph.shape(0, 0, 0, 0, 0, missing))
+    stored = graph.weight(name, np.pad(weight.codes, ((0, 0), (0, missing))).T)
+    sums = graph.node("MatMulInteger", graph.node("Cast", codes, to=np_kind(np.int8)), stored)
     return graph.node("Cast", sums, to=np_kind(np.float32))
 
 

@@ -8,14 +8,14 @@ Inputs, of B sequences that each add L tokens:
     positions_seen   int32   []            most positions, old and new, of a sequence
     logit_rows       int64   [R]           which of the B * L tokens logits are wanted of
     past.i.key       float32 [B, G, P, C]  of layer i, with room for P positions; past.i.value likewise;
-                                           float16 where the attention is
+                                           float16 for CUDA
 
 Outputs: `logits`, float32 [R, V]; `present.i.key` and `.value`, which ONNX Runtime writes in place where they are bound
 to the memory of `past`. With L > 1, B is 1 (a limit of `GroupQueryAttention`).
 
 What the scheme quantizes has the codes of `quant.arithmetic`. Keys and values are rounded to the bits of the scheme
 as they are made, and held in float32. Norms, attention, rotary embedding and SiLU are ONNX Runtime's own, in float32.
-Attention can be in float16, between casts: CUDA has no kernel of it in float32.
+For CUDA, attention is in float16 between casts: there is no kernel of it in float32.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from onnx import TensorProto
 from quant import arithmetic
 from quant.format import CheckpointReader, QuantizedWeight
 from quant.llama import EMBEDDING, HEAD, LlamaConfig
+from quant.onnx_directory import CACHE_TYPES
 from quant.onnx_graph import CONTRIB, GraphBuilder, np_kind
 from quant.onnx_linear import (
     Linear,
@@ -39,26 +40,26 @@ from quant.onnx_linear import (
 from quant.scheme import LINEAR_SITES
 
 
-def build_graph(reader: CheckpointReader, attention: type[np.generic]) -> GraphBuilder:
+def build_graph(reader: CheckpointReader, device: str) -> GraphBuilder:
     """The graph of a checkpoint of any scheme, or in full precision.
 
     Args:
-        attention: the type of attention, and of what the cache holds.
+        device: what it is for, one of `CACHE_TYPES`.
 
     Raises:
         CheckpointError: a value in it is not finite, or is none that a quantizer writes.
     """
-    return _LlamaGraph(reader, attention).graph
+    return _LlamaGraph(reader, device).graph
 
 
 class _LlamaGraph:
     """Builds the graph. Shapes: see the module; D is the model's width, H query heads, G key/value heads."""
 
-    def __init__(self, reader: CheckpointReader, attention: type[np.generic]) -> None:
-        self.graph = GraphBuilder()
-        self._reader, self._config, self._attention_type = reader, reader.config, attention
+    def __init__(self, reader: CheckpointReader, device: str) -> None:
+        self.graph = GraphBuilder(device)
+        self._reader, self._config, self._cache_type = reader, reader.config, CACHE_TYPES[device]
         self._kv_bits = reader.scheme.kv_bits if reader.scheme else 16
-        declare_inputs(self.graph, self._config, attention)
+        declare_inputs(self.graph, self._config, self._cache_type)
         self._add_rotary_tables()
         # What is to be added to the residual stream is added by the norm that follows.
         x, addend = self._embedded(), None
@@ -130,8 +131,8 @@ class _LlamaGraph:
         inputs = turned, "positions", self._cos, self._sin
         turned = graph.node("RotaryEmbedding", *inputs, domain=CONTRIB, num_heads=heads + kv_heads)
         packed = graph.node("Concat", turned, v, axis=-1) if self._kv_bits == 16 else self._with_rounded(turned, v)
-        if self._attention_type != np.float32:
-            packed = graph.node("Cast", packed, to=np_kind(self._attention_type))
+        if self._cache_type != np.float32:
+            packed = graph.node("Cast", packed, to=np_kind(self._cache_type))
         outputs = [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
         past = f"past.{layer}.key", f"past.{layer}.value"
         attended, *present = graph.nodes(
@@ -144,8 +145,8 @@ class _LlamaGraph:
             scale=1 / math.sqrt(width),
         )
         for name in present:
-            graph.output(name, self._attention_type, _cache_shape(config))
-        if self._attention_type != np.float32:
+            graph.output(name, self._cache_type, _cache_shape(config))
+        if self._cache_type != np.float32:
             attended = graph.node("Cast", attended, to=np_kind(np.float32))
         return attended
 
@@ -195,7 +196,7 @@ class _LlamaGraph:
         graph.output("logits", np.float32, ["R", self._config.vocab_size])
 
 
-def declare_inputs(graph: GraphBuilder, config: LlamaConfig, attention: type[np.generic]) -> None:
+def declare_inputs(graph: GraphBuilder, config: LlamaConfig, cache_type: type[np.generic]) -> None:
     """The inputs that the module names."""
     graph.input("input_ids", np.int64, ["B", "L"])
     graph.input("positions", np.int64, ["B", "L"])
@@ -204,7 +205,7 @@ def declare_inputs(graph: GraphBuilder, config: LlamaConfig, attention: type[np.
     graph.input("logit_rows", np.int64, ["R"])
     for layer in range(config.num_hidden_layers):
         for kind in ("key", "value"):
-            graph.input(f"past.{layer}.{kind}", attention, _cache_shape(config))
+            graph.input(f"past.{layer}.{kind}", cache_type, _cache_shape(config))
 
 
 def _cache_shape(config: LlamaConfig) -> list[int | str]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.onnx_directory import CACHE_TYPES
 from runtime.engine.array_logits import ArrayLogits
 from runtime.engine.base import EngineInfo
 from runtime.engine.kv_capacity import default_num_blocks, too_long
@@ -72,12 +73,13 @@ class OnnxRunner:
             "onnx", model.precision, config.max_position_embeddings, config.vocab_size, model.kernel
         )
         values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.block_size
-        slot_bytes = model.cache_dtype.itemsize * values
+        cache_dtype = np.dtype(CACHE_TYPES[model.device])
+        slot_bytes = cache_dtype.itemsize * values
         if num_slots is None:
             num_slots = max(LEAST_SLOTS, default_num_blocks(Path(path), config, slot_bytes, self.block_size))
         try:
-            memory = HostSlotCache if provider == "cpu" else DeviceSlotCache
-            self._cache = memory(config, num_slots, model.cache_dtype)
+            memory = HostSlotCache if model.device == "cpu" else DeviceSlotCache
+            self._cache = memory(config, num_slots, cache_dtype)
         except (MemoryError, ValueError):  # numpy raises ValueError for what no machine could address
             positions = num_slots * self.block_size
             raise too_long(Path(path), positions, slot_bytes / self.block_size) from None

@@ -19,6 +19,9 @@ TENSORRT = "TensorrtExecutionProvider"
 PROVIDERS: Mapping[str, tuple[str, ...]] = {"cpu": (CPU,), "cuda": (CUDA, CPU), "tensorrt": (TENSORRT, CUDA, CPU)}
 """By the names that `--onnx-provider` takes, ONNX Runtime's own: a node goes to the first that has a kernel for it."""
 
+DEVICES: Mapping[str, str] = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
+"""Which of `onnx_directory.CACHE_TYPES` a provider computes graphs for."""
+
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     # Left on, products of floats lose 13 bits of each factor.
     CUDA: {"use_tf32": "0"},

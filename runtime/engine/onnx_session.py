@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from quant.format import CheckpointReader
 from quant.llama import CheckpointError, LlamaConfig
-from quant.onnx_directory import ATTENTION_TYPES, GRAPH_FILE, is_exported, read_export
-from runtime.engine.onnx_provider import OnnxProviderError, open_session, placement, require_provider
+from quant.onnx_directory import GRAPH_FILE, is_exported, read_export
+from runtime.engine.onnx_provider import DEVICES, OnnxProviderError, open_session, placement, require_provider
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +32,14 @@ class OnnxModel:
     Attributes:
         config: the model's shape.
         precision: as `Checkpoint.precision`.
-        cache_dtype: of keys and values.
+        device: where it runs, one of `CACHE_TYPES`.
         kernel: as `EngineInfo.kernel`: the provider, and which nodes it has not.
     """
 
     session: Any
     config: LlamaConfig
     precision: str
-    cache_dtype: np.dtype[Any]
+    device: str
     kernel: str
 
 
@@ -76,16 +74,23 @@ def open_model(path: str | os.PathLike[str], threads: int, provider: str = "cpu"
     exported = is_exported(root)
     require_onnxruntime(building=not exported)
     require_provider(provider)
+    device = DEVICES[provider]
     if exported:
-        config, precision = read_export(root)
-        return _opened(root, root, threads, provider, config, precision)
+        export = read_export(root)
+        if export.device != device:
+            raise CheckpointError(
+                root,
+                f"its graph is for {export.device}, and the provider {provider} computes graphs for {device}: export "
+                f"the checkpoint again with --device {device}",
+            )
+        return _opened(root, root, threads, provider, export.config, export.precision)
     # It needs onnx, which to run an exported model does not.
     from quant.export_onnx import precision_of, require_exportable, write_graph
 
     reader = CheckpointReader(root)
     require_exportable(reader)
     with tempfile.TemporaryDirectory(prefix="osp-onnx-") as directory:
-        write_graph(reader, Path(directory), "float32" if provider == "cpu" else "float16")
+        write_graph(reader, Path(directory), device)
         return _opened(Path(directory), root, threads, provider, reader.config, precision_of(reader))
 
 
@@ -93,18 +98,10 @@ def _opened(directory: Path, root: Path, threads: int, provider: str, config: Ll
     session = _session(directory, root, threads, provider)
     placed = placement(session)
     if misplaced := placed.misplaced(provider):
-        if "GroupQueryAttention" in misplaced:
-            raise CheckpointError(
-                root,
-                f"its attention is in float32, of which the provider {provider} has no kernel: export it again with "
-                "--attention float16",
-            )
         log.warning("engine onnx: %d nodes run on the CPU, not on %s", misplaced.total(), provider)
     kernel = placed.described(provider)
     log.info("engine onnx: kernel %s, %d threads", kernel, session.get_session_options().intra_op_num_threads)
-    (kind,) = {session_input.type for session_input in session.get_inputs() if session_input.name.startswith("past.")}
-    cache_dtype = np.dtype(ATTENTION_TYPES["float16" if kind == "tensor(float16)" else "float32"])
-    return OnnxModel(session, config, precision, cache_dtype, kernel)
+    return OnnxModel(session, config, precision, DEVICES[provider], kernel)
 
 
 def _session(directory: Path, root: Path, threads: int, provider: str) -> Any:
@@ -119,4 +116,8 @@ def _session(directory: Path, root: Path, threads: int, provider: str) -> Any:
     except OnnxProviderError:
         raise
     except Exception as error:  # the library's errors have no class of their own
+        if provider != "cpu":
+            raise OnnxProviderError(
+                f"{root}: ONNX Runtime {onnxruntime.__version__} cannot load the graph on {provider}: {error}"
+            ) from error
         raise CheckpointError(root, f"ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error

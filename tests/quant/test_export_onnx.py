@@ -1,9 +1,13 @@
-"""The ONNX export: each kind of linear layer against the specification, in ONNX Runtime, and the command."""
+"""The ONNX export: each kind of linear layer against the specification, in ONNX Runtime, and the command.
+
+`OSP_TEST_ONNX_PROVIDER=cuda` computes on a GPU, where onnxruntime-gpu is installed.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -28,14 +32,17 @@ from quant.onnx_linear import (  # noqa: E402
     block_size,
     pack_blocks,
 )
+from runtime.engine.onnx_provider import open_session, placement  # noqa: E402
+
+PROVIDER = os.environ.get("OSP_TEST_ONNX_PROVIDER", "cpu")
 
 WIDTHS = (1, 31, 39, 255, 256, 640)
 """Reductions: less than a block, no multiple of anything, a block without and with the place that is given away."""
 
 
-def run(tmp_path, build, x_BLK, outputs=1):
+def run(tmp_path, build, x_BLK, device=PROVIDER):
     """What ONNX Runtime makes of the graph that `build` adds to the input `x`."""
-    graph = GraphBuilder()
+    graph = GraphBuilder(device)
     graph.input("x", np.float32, ["B", "L", x_BLK.shape[-1]])
     for name in build(graph):
         graph.output(name, np.float32, ["B", "L", "M"])
@@ -43,7 +50,8 @@ def run(tmp_path, build, x_BLK, outputs=1):
     onnx.checker.check_model(str(tmp_path / "model.onnx"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    session = open_session(tmp_path / "model.onnx", PROVIDER, options)
+    assert not placement(session).misplaced(PROVIDER)
     return session.run(None, {"x": x_BLK})
 
 
@@ -58,9 +66,15 @@ def layer(rng, columns, input_bits, weight_bits, static, granularity="tensor", r
     return QuantizedLinear(weight, input_bits, np.float32(0.25) if static else None)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("static", [True, False], ids=["tensor", "token"])
 @pytest.mark.parametrize(("input_bits", "weight_bits"), [(4, 4), (8, 4), (4, 8), (8, 8)])
-def test_integer_products_are_the_specification_bit_for_bit(tmp_path, input_bits, weight_bits, static):
+def test_integer_products_are_the_specification_bit_for_bit(tmp_path, input_bits, weight_bits, static, device):
+    """Also what is meant for CUDA, on the CPU: but for products of int8, which saturate on some."""
+    if PROVIDER == "cpu" and device == "cuda" and weight_bits == 8:
+        pytest.skip("needs a GPU")
+    if PROVIDER == "cuda" and device == "cpu":
+        pytest.skip("CUDA has no accuracy level 4")
     rng = np.random.default_rng(input_bits + weight_bits)
     for columns, granularity in itertools.product(WIDTHS, ("tensor", "channel")):
         linear = layer(rng, columns, input_bits, weight_bits, static, granularity)
@@ -68,7 +82,7 @@ def test_integer_products_are_the_specification_bit_for_bit(tmp_path, input_bits
         x_BLK = rng.normal(0, 1, (3, 7, columns)).astype(np.float32)
         x_BLK[0, 0], x_BLK[0, 1], x_BLK[0, 2], x_BLK[0, 3] = lowest * 0.25, highest * 0.25, 1e9, 0
         x_BLK[1] = (rng.integers(2 * lowest, 2 * highest, (7, columns)) + 0.5) * 0.25  # halves: to even
-        (y_BLM,) = run(tmp_path, lambda graph, linear=linear: [add_linear(graph, "x", "w", linear)], x_BLK)
+        (y_BLM,) = run(tmp_path, lambda graph, linear=linear: [add_linear(graph, "x", "w", linear)], x_BLK, device)
         weight = linear.weight
         expected_NM = arithmetic.quantized_linear(
             x_BLK.reshape(21, -1), linear.input_scale, weight.codes, weight.scale, input_bits, weight_bits
@@ -94,7 +108,7 @@ def test_layers_that_read_one_tensor(tmp_path):
     alike = {"a": layer(rng, 40, 4, 4, True, rows=5), "b": layer(rng, 40, 4, 4, True, "channel", rows=9)}
     floats = {"a": rng.normal(0, 1, (5, 40)).astype(np.float32), "b": rng.normal(0, 1, (9, 40)).astype(np.float32)}
     for layers, products in ((alike, 1), (floats, 1), ({**alike, "c": floats["a"]}, 3)):
-        graph = GraphBuilder()
+        graph = GraphBuilder(PROVIDER)
         assert len(add_linears(graph, "x", layers)) == len(layers)
         assert graph.operators().count("MatMulNBits") + graph.operators().count("MatMul") == products
         together = run(tmp_path, lambda graph, layers=layers: add_linears(graph, "x", layers), x_BLK)
