@@ -1,6 +1,7 @@
 """The engine that the HTTP tests serve with: `OSP_TEST_ENGINE`, by default whatever `osp serve` chooses.
 
-`OSP_TEST_ENGINE=vllm pytest tests/runtime/server` runs the same tests against vLLM, in an environment that has it.
+`OSP_TEST_ENGINE=onnx pytest tests/runtime/server` runs the same tests against ONNX Runtime, and `vllm` against vLLM, in
+an environment that has it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ OPTIONS = ("--engine", ENGINE, *(VLLM if ENGINE == "vllm" else ()))
 """How `osp serve` is told."""
 
 DIFFERENCES = {
-    "test_the_form_ends_though_end_tokens_are_ignored": "refused: past its end a form allows any token in vLLM",
-    "test_a_form_that_becomes_too_much_on_the_way_is_the_requests_own_fault": "vLLM sets grammars no limit of work",
+    "vllm": {
+        "test_the_form_ends_though_end_tokens_are_ignored": "refused: past its end a form allows any token in vLLM",
+        "test_a_form_that_becomes_too_much_on_the_way_is_the_requests_own_fault": "vLLM sets grammars no limit of work",
+    },
+    "onnx": {"test_cached_tokens_are_told": "a slot belongs to one sequence: there is no prefix cache"},
 }
-"""The tests of the HTTP suite that fail with vLLM, and why; docs/vllm.md explains."""
+"""By engine, the tests of the HTTP suite that fail with it, and why; docs/vllm.md and docs/onnx.md explain."""
 
 START_S = 60 if ENGINE != "vllm" else 600
 """How long it may take to load a tiny model."""

@@ -19,9 +19,10 @@ settings.register_profile("fuzz", max_examples=500, deadline=None)  # make test-
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """The named differences of vLLM, where the tests run on it. One that fails no more is an error too."""
-    for item in items if ENGINE == "vllm" else ():
-        if reason := DIFFERENCES.get(item.originalname) or DIFFERENCES.get(item.name):
+    """The named differences of the engine that the tests run on. One that fails no more is an error too."""
+    named = DIFFERENCES.get(ENGINE, {})
+    for item in items:
+        if reason := named.get(item.originalname) or named.get(item.name):
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
