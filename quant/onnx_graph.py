@@ -39,6 +39,8 @@ class GraphBuilder:
         device: what the graph is for, one of `CACHE_TYPES`; what it changes is the business of who adds nodes.
         """
         self.device = device
+        self.many_rows = False
+        """Whether what is added is for many rows at once, for which other products may be faster than for few."""
         self._nodes: list[onnx.NodeProto] = []
         self._count = 0
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -79,8 +81,8 @@ class GraphBuilder:
         """Adds two graphs of which one is run: `first` where the condition holds, else `second`.
 
         Args:
-            first: adds nodes, which may read whatever was computed before; gives the names of what it computes.
-            outputs: what the graph that is run computes is called by these names.
+            first, second: add nodes, which may read whatever was added before, and give the names of what they compute.
+            outputs: under which names what was computed goes on, and of which types it is.
         """
         kinds = [np_kind(dtype) for dtype in outputs.values()]
         branches = {"then_branch": self._branch(first, kinds), "else_branch": self._branch(second, kinds)}

@@ -5,20 +5,23 @@ its own for each block of inputs, absmax / 127, and rounds them to int8: codes o
 block has one input more, always 127, whose weight is zero: its absmax is 127, its scale is 1, and every code stays what
 it is. The sums are then integers that float32 holds, exact in any order.
 
-    codes of inputs        weights      operator                                weights in memory
-    4 bits, or 8 a token   4 bits       MatMulNBits, level 4, padded as above   4 bits, and what pads them
-    4 or 8 bits            4 or 8 bits  MatMulInteger of uint8: sums in int32   8 bits
-    not quantized          4 or 8 bits  MatMulNBits, level 1: products of       4 or 8 bits
-                                        floats
-    not quantized          16 or 32     MatMul of floats                        32 bits
+    codes of inputs        weights      operator                                    weights in memory
+    4 bits, or 8 a token   4 bits       few rows: MatMulNBits, level 4, padded      4 bits, and what pads them
+                                        many rows: MatMulInteger of uint8 and int8  8 bits
+    4 or 8 bits            4 or 8 bits  MatMulInteger of uint8 and int8             8 bits
+    8 bits                 8 bits       MatMulInteger of uint8 on both sides        8 bits
+    not quantized          4 or 8 bits  MatMulNBits, level 1: products of floats    4 or 8 bits
+    not quantized          16 or 32     MatMul of floats                            32 bits
+
+One row waits for the weights to come from memory, so that it is fastest where they have 4 bits; for many rows the
+kernels of MatMulInteger are faster. Without VNNI those of int8 weights saturate sums of two products in 16 bits: no sum
+of codes comes near to that where one side has 4 bits, but 8 bits on both sides need weights in uint8.
 
 CUDA knows no accuracy level: there the products of floats have codes as inputs, sums of which float32 holds. Others are
 `MatMulInteger` of int8, which it has, of uint8 it has none.
 
-uint8 on both sides, because the kernels of int8 weights without VNNI saturate sums of two products in 16 bits.
-
-Level 4 rounds half to even as the scheme does, so that no node has to before. Every node costs a decoding step a few
-microseconds, as much as a small product.
+Level 4 and `QuantizeLinear` round half to even as the scheme does, so that no node has to before. Every node costs a
+decoding step a microsecond or more, as much as a small product.
 
 Shapes: a layer's input is [B, L, K], its output [B, L, M].
 """
@@ -48,6 +51,9 @@ MOST_ON_CUDA = 128
 
 CUBLAS_MULTIPLE = 4
 """It multiplies int8 in reductions of no other width."""
+
+BLOCK_COST = 12
+"""Reading the scale of a block and summing its inputs takes as long as so many bytes of codes."""
 
 INTEGERS, FLOATS = 4, 1
 """Accuracy levels of `MatMulNBits`: inputs rounded to int8; inputs in float32."""
@@ -83,22 +89,23 @@ def add_joined(graph: GraphBuilder, x: str, layers: dict[str, Linear]) -> str:
 def add_linear(graph: GraphBuilder, x: str, name: str, layer: Linear) -> str:
     """One layer; gives the name of what it computes."""
     if not isinstance(layer, QuantizedLinear):
-        return graph.node("MatMul", x, graph.weight(name, np.asarray(layer, np.float32).T))
+        return graph.node("MatMul", x, graph.shared_weight(name, lambda: np.asarray(layer, np.float32).T))
     if layer.rotated:
         x = add_hadamard(graph, x, layer.weight.columns)
     if layer.input_bits == 16:
-        sums = _float_product(graph, x, name, layer.weight)
-        return graph.node("Mul", sums, graph.weight(f"{name}.scale", layer.weight.scale))
+        return graph.node("Mul", _float_product(graph, x, name, layer.weight), _weight_scale(graph, name, layer))
     scale = _token_scale(graph, x, layer.input_bits) if layer.input_scale is None else graph.constant(layer.input_scale)
     if graph.device == "cuda":
         sums = _product_on_cuda(graph, add_quantize(graph, x, scale, layer.input_bits), name, layer)
-    elif _is_narrow(layer):
+    elif _is_narrow(layer) and not graph.many_rows:
         sums = _narrow_product(graph, graph.node("Div", x, scale), name, layer)
+    elif layer.input_scale is None:
+        sums = _integer_product(graph, graph.node("Div", x, scale), name, layer)
     else:
-        sums = _integer_product(graph, add_quantize(graph, x, scale, layer.input_bits), name, layer.weight)
+        return _scaled_product(graph, x, name, layer)
     if layer.input_scale is not None:
-        return graph.node("Mul", sums, graph.weight(f"{name}.scale", layer.weight.scale * layer.input_scale))
-    both = graph.node("Mul", scale, graph.weight(f"{name}.scale", layer.weight.scale))
+        return graph.node("Mul", sums, _weight_scale(graph, name, layer))
+    both = graph.node("Mul", scale, _weight_scale(graph, name, layer))
     # Scales are positive: the maximum changes nothing, but keeps ONNX Runtime from fusing what it sees, a product of
     # integers and two scales, into an operator of its own, which multiplies in another order.
     both = graph.node("Max", both, graph.constant(0))
@@ -135,8 +142,18 @@ def add_head_hadamard(graph: GraphBuilder, x: str, width: int) -> str:
 
 
 def block_size(columns: int) -> int:
-    """The block size whose codes and scales take the fewest bytes, when one code of each block is given away."""
-    return min(BLOCK_SIZES, key=lambda size: -(-columns // (size - 1)) * (size // 2 + 4))
+    """The block size whose product takes the least time, when one code of each block is given away."""
+    return min(BLOCK_SIZES, key=lambda size: -(-columns // (size - 1)) * (size // 2 + BLOCK_COST))
+
+
+def group_width(columns: int, size: int) -> int:
+    """After so many inputs comes one that is always 127, and no block of `size` is without: the largest such number.
+
+    One that divides the columns, so that nothing else is to be padded, if it needs no more blocks than `size - 1`.
+    """
+    blocks = -(-columns // (size - 1))
+    dividing = (width for width in range(size - 1, 0, -1) if columns % width == 0)
+    return next((width for width in dividing if columns // width * (width + 1) <= blocks * size), size - 1)
 
 
 def pack_blocks(codes_MK: NDArray[np.int8], size: int, bits: int = 4) -> NDArray[np.uint8]:
@@ -150,28 +167,33 @@ def pack_blocks(codes_MK: NDArray[np.int8], size: int, bits: int = 4) -> NDArray
     return stored.reshape(rows, -1, size * bits // 8)
 
 
+def is_narrow(weight_bits: int, input_bits: int, static: bool, columns: int) -> bool:
+    """Whether level 4 holds the inputs' codes. With 8 bits a static scale's may be -128, a token's own may not."""
+    symmetric = not static and 127 * 8 * columns <= EXACT_SUM
+    return weight_bits == 4 and (input_bits == 4 or (input_bits == 8 and symmetric))
+
+
 def _is_narrow(layer: QuantizedLinear) -> bool:
-    """Whether level 4 holds the input's codes. With 8 bits a static scale's may be -128, a token's own may not."""
-    symmetric = layer.input_scale is None and 127 * 8 * layer.weight.columns <= EXACT_SUM
-    return layer.weight.bits == 4 and (layer.input_bits == 4 or symmetric)
+    return is_narrow(layer.weight.bits, layer.input_bits, layer.input_scale is not None, layer.weight.columns)
 
 
 def _narrow_product(graph: GraphBuilder, x: str, name: str, layer: QuantizedLinear) -> str:
     """Exact sums of products of codes; `x` has still to be clipped and rounded."""
     rows, columns = layer.weight.shape
     size = block_size(columns)
-    blocks = -(-columns // (size - 1))
-    missing = blocks * (size - 1) - columns
+    width = group_width(columns, size)
+    groups = -(-columns // width)
+    missing = groups * width - columns
     lowest, highest = arithmetic.code_range(layer.input_bits)
     # No code is beyond -127, but x / (absmax / 127) may be, by its last digit, and would change the block's scale.
     x = graph.node("Clip", x, graph.constant(max(lowest, -FULL_BLOCK)), graph.constant(highest))
     if missing:
         x = graph.node("Pad", x, graph.shape(0, 0, 0, 0, 0, missing))
-    x = graph.node("Reshape", x, graph.shape(0, 0, blocks, size - 1))
+    x = graph.node("Reshape", x, graph.shape(0, 0, groups, width))
     x = graph.node("Pad", x, graph.shape(0, 0, 0, 0, 0, 0, 0, 1), graph.constant(FULL_BLOCK))
-    x = graph.node("Reshape", x, graph.shape(0, 0, blocks * size))
-    padded_MBC = np.pad(layer.weight.codes, ((0, 0), (0, missing))).reshape(rows, blocks, size - 1)
-    padded_MK = np.pad(padded_MBC, ((0, 0), (0, 0), (0, 1))).reshape(rows, blocks * size)
+    x = graph.node("Reshape", x, graph.shape(0, 0, groups * (width + 1)))
+    codes_MGC = np.pad(layer.weight.codes, ((0, 0), (0, missing))).reshape(rows, groups, width)
+    padded_MK = np.pad(codes_MGC, ((0, 0), (0, 0), (0, 1))).reshape(rows, groups * (width + 1))
     return _blocked_product(graph, x, name, padded_MK, 4, size, INTEGERS)
 
 
@@ -185,20 +207,42 @@ def _blocked_product(
     graph: GraphBuilder, x: str, name: str, codes_MK: NDArray[np.int8], bits: int, size: int, accuracy: int
 ) -> str:
     rows, columns = codes_MK.shape
-    packed = graph.weight(name, pack_blocks(codes_MK, size, bits))
+    packed = graph.shared_weight(name, lambda: pack_blocks(codes_MK, size, bits))
     scales = np.ones((rows, -(-columns // size)), np.float32)
-    inputs = x, packed, graph.weight(f"{name}.block_scales", scales)
+    inputs = x, packed, graph.shared_weight(f"{name}.block_scales", lambda: scales)
     settings = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": accuracy}
     return graph.node("MatMulNBits", *inputs, domain=CONTRIB, **settings)
 
 
-def _integer_product(graph: GraphBuilder, codes: str, name: str, weight: QuantizedWeight) -> str:
-    """Exact sums of products of codes of up to 8 bits."""
-    moved = graph.node("Cast", graph.node("Add", codes, graph.constant(128)), to=np_kind(np.uint8))
-    stored_KM = (weight.codes.view(np.uint8) + np.uint8(128)).T  # the sum wraps, as it must
-    zero = graph.constant(128, np.uint8)
-    sums = graph.node("MatMulInteger", moved, graph.weight(name, stored_KM), zero, zero)
-    return graph.node("Cast", sums, to=np_kind(np.float32))
+def _integer_product(graph: GraphBuilder, x: str, name: str, layer: QuantizedLinear) -> str:
+    """Exact sums of products of codes; `x` was divided by its scale, and has still to be clipped and rounded."""
+    operands, zeros = _integer_operands(graph, x, name, layer)
+    return graph.node("Cast", graph.node("MatMulInteger", *operands, *zeros), to=np_kind(np.float32))
+
+
+def _scaled_product(graph: GraphBuilder, x: str, name: str, layer: QuantizedLinear) -> str:
+    """Exact sums of products of codes, times both scales; that of `x` is static, and `x` as it comes."""
+    operands, zeros = _integer_operands(graph, x, name, layer)
+    scales = graph.constant(1), _weight_scale(graph, name, layer)
+    return graph.node("MatMulIntegerToFloat", *operands, *scales, *zeros, domain=CONTRIB)
+
+
+def _integer_operands(
+    graph: GraphBuilder, x: str, name: str, layer: QuantizedLinear
+) -> tuple[tuple[str, str], list[str]]:
+    """Codes of inputs and weights in 8 bits, and their zero points."""
+    lowest, highest = arithmetic.code_range(layer.input_bits)
+    scale = np.float32(1) if layer.input_scale is None else np.float32(layer.input_scale)
+    if layer.input_bits < 8:  # codes of 8 bits end where uint8 does; these are multiples of a scale of 8 digits: exact
+        x = graph.node("Clip", x, graph.constant(lowest * scale), graph.constant(highest * scale))
+    zero = graph.constant(-lowest, np.uint8)
+    codes = graph.node("QuantizeLinear", x, graph.constant(scale), zero)
+    codes_KM = layer.weight.codes.T
+    if min(layer.input_bits, layer.weight.bits) < 8:
+        return (codes, graph.shared_weight(f"{name}.int8", lambda: codes_KM)), [zero]
+    moved_KM = codes_KM.view(np.uint8) + np.uint8(128)  # the sum wraps, as it must
+    stored = graph.shared_weight(f"{name}.uint8", lambda: moved_KM)
+    return (codes, stored), [zero, graph.constant(128, np.uint8)]
 
 
 def _product_on_cuda(graph: GraphBuilder, codes: str, name: str, layer: QuantizedLinear) -> str:
@@ -212,6 +256,12 @@ def _product_on_cuda(graph: GraphBuilder, codes: str, name: str, layer: Quantize
     stored = graph.weight(name, np.pad(weight.codes, ((0, 0), (0, missing))).T)
     sums = graph.node("MatMulInteger", graph.node("Cast", codes, to=np_kind(np.int8)), stored)
     return graph.node("Cast", sums, to=np_kind(np.float32))
+
+
+def _weight_scale(graph: GraphBuilder, name: str, layer: QuantizedLinear) -> str:
+    """The scale of the weights, times that of the inputs where it is static."""
+    scale = layer.weight.scale if layer.input_scale is None else layer.weight.scale * layer.input_scale
+    return graph.shared_weight(f"{name}.scale", lambda: scale)
 
 
 def _token_scale(graph: GraphBuilder, x: str, bits: int) -> str:

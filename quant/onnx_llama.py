@@ -36,8 +36,12 @@ from quant.onnx_linear import (
     add_joined,
     add_linear,
     add_linears,
+    is_narrow,
 )
 from quant.scheme import LINEAR_SITES
+
+FEW_ROWS = 4
+"""For more rows than these, `MatMulInteger` is faster than `MatMulNBits` (docs/onnx.md)."""
 
 
 def build_graph(reader: CheckpointReader, device: str) -> GraphBuilder:
@@ -61,11 +65,9 @@ class _LlamaGraph:
         self._kv_bits = reader.scheme.kv_bits if reader.scheme else 16
         declare_inputs(self.graph, self._config, self._cache_type)
         self._add_rotary_tables()
-        # What is to be added to the residual stream is added by the norm that follows.
-        x, addend = self._embedded(), None
-        for layer in range(self._config.num_hidden_layers):
-            x, addend = self._block(layer, x, addend)
-        self._logits(x if addend is None else self.graph.node("Add", x, addend))
+        for name in self._present_names(""):
+            self.graph.output(name, self._cache_type, _cache_shape(self._config))
+        self._logits(self._layers(self._embedded()))
 
     def _add_rotary_tables(self) -> None:
         config = self._config
@@ -85,6 +87,37 @@ class _LlamaGraph:
         scales = graph.node("Gather", graph.weight(f"{EMBEDDING}.scale", table.scale[:, None]), "input_ids")
         return graph.node("Mul", graph.node("Cast", codes, to=np_kind(np.float32)), scales)
 
+    def _layers(self, x: str) -> str:
+        """The residual stream after all layers. They are there twice, for few rows and for many, where the products
+        that are fastest differ; a step runs one of both."""
+        if not self._products_differ():
+            return self._body(x)[0]
+        graph = self.graph
+        few = graph.node("LessOrEqual", graph.node("Size", "input_ids"), graph.constant(FEW_ROWS, np.int64))
+        outputs = {"residual": np.float32} | dict.fromkeys(self._present_names(""), self._cache_type)
+        return graph.either(few, lambda: self._body(x, "few."), lambda: self._body(x, "many.", True), outputs)[0]
+
+    def _products_differ(self) -> bool:
+        scheme = self._reader.scheme
+        if scheme is None or self.graph.device != "cpu":
+            return False
+        linears = [(scheme.linear(name), columns) for name, (_, columns) in self._config.linear_shapes().items()]
+        return any(is_narrow(x.weight_bits, x.activation_bits, x.static, columns) for x, columns in linears)
+
+    def _body(self, x: str, prefix: str = "", many_rows: bool = False) -> list[str]:
+        """All layers, and the names of what they compute: the residual stream, keys and values."""
+        self._prefix, self.graph.many_rows = prefix, many_rows
+        # What is to be added to the residual stream is added by the norm that follows.
+        addend = None
+        for layer in range(self._config.num_hidden_layers):
+            x, addend = self._block(layer, x, addend)
+        self.graph.many_rows = False
+        return [x if addend is None else self.graph.node("Add", x, addend), *self._present_names(prefix)]
+
+    def _present_names(self, prefix: str) -> list[str]:
+        layers = range(self._config.num_hidden_layers)
+        return [f"{prefix}present.{layer}.{kind}" for layer in layers for kind in ("key", "value")]
+
     def _block(self, layer: int, x: str, addend: str | None) -> tuple[str, str]:
         """The residual stream, and what is to be added to it."""
         graph, prefix = self.graph, f"model.layers.{layer}"
@@ -102,7 +135,7 @@ class _LlamaGraph:
         return {name: self._reader.linear(name) for name in names}
 
     def _norm_weight(self, name: str) -> str:
-        return self.graph.weight(name, np.asarray(self._reader.norm(name), np.float32))
+        return self.graph.shared_weight(name, lambda: np.asarray(self._reader.norm(name), np.float32))
 
     def _norm(self, x: str, name: str) -> tuple[str, str]:
         """RMSNorm, and the mean of the squares, [.., 1]."""
@@ -133,9 +166,10 @@ class _LlamaGraph:
         packed = graph.node("Concat", turned, v, axis=-1) if self._kv_bits == 16 else self._with_rounded(turned, v)
         if self._cache_type != np.float32:
             packed = graph.node("Cast", packed, to=np_kind(self._cache_type))
-        outputs = [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
+        present = f"{self._prefix}present.{layer}"
+        outputs = [f"{self._prefix}attended.{layer}", f"{present}.key", f"{present}.value"]
         past = f"past.{layer}.key", f"past.{layer}.value"
-        attended, *present = graph.nodes(
+        attended, _, _ = graph.nodes(
             "GroupQueryAttention",
             [packed, "", "", *past, "last_position", "positions_seen"],
             outputs,
@@ -144,8 +178,6 @@ class _LlamaGraph:
             kv_num_heads=kv_heads,
             scale=1 / math.sqrt(width),
         )
-        for name in present:
-            graph.output(name, self._cache_type, _cache_shape(config))
         if self._cache_type != np.float32:
             attended = graph.node("Cast", attended, to=np_kind(np.float32))
         return attended
@@ -175,12 +207,12 @@ class _LlamaGraph:
         width = graph.node("Sub", graph.node("Div", highest, levels), graph.node("Div", lowest, levels))
         width = graph.node("Cast", graph.node("Cast", width, to=int(TensorProto.BFLOAT16)), to=np_kind(np.float32))
         scale = graph.node("Clip", width, tiny, largest)
-        least = graph.node(
-            "Max", graph.node("Round", graph.node("Div", lowest, scale)), graph.constant(1 - 2**self._kv_bits)
-        )
-        most = graph.node("Add", least, levels)
+        least = graph.node("Round", graph.node("Div", lowest, scale))
         codes = graph.node("Round", graph.node("Div", x, scale))
-        codes = graph.node("Max", graph.node("Min", codes, most), least)
+        if self._kv_bits == 8:  # a scale may be too small by 1/256: with 8 bits the lowest code may be one too low
+            least = graph.node("Max", least, graph.constant(-255))
+            codes = graph.node("Max", codes, least)
+        codes = graph.node("Min", codes, graph.node("Add", least, levels))
         return graph.node("Mul", codes, scale)
 
     def _logits(self, x: str) -> None:

@@ -30,6 +30,7 @@ from quant.onnx_linear import (  # noqa: E402
     add_linear,
     add_linears,
     block_size,
+    group_width,
     pack_blocks,
 )
 from runtime.engine.onnx_provider import open_session, placement  # noqa: E402
@@ -66,10 +67,14 @@ def layer(rng, columns, input_bits, weight_bits, static, granularity="tensor", r
     return QuantizedLinear(weight, input_bits, np.float32(0.25) if static else None)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("device", "many_rows"), [("cpu", False), ("cpu", True), ("cuda", False)], ids=["few", "many", "cuda"]
+)
 @pytest.mark.parametrize("static", [True, False], ids=["tensor", "token"])
 @pytest.mark.parametrize(("input_bits", "weight_bits"), [(4, 4), (8, 4), (4, 8), (8, 8)])
-def test_integer_products_are_the_specification_bit_for_bit(tmp_path, input_bits, weight_bits, static, device):
+def test_integer_products_are_the_specification_bit_for_bit(
+    tmp_path, input_bits, weight_bits, static, device, many_rows
+):
     """Also what is meant for CUDA, on the CPU: but for products of int8, which saturate on some."""
     if PROVIDER == "cpu" and device == "cuda" and weight_bits == 8:
         pytest.skip("needs a GPU")
@@ -82,12 +87,49 @@ def test_integer_products_are_the_specification_bit_for_bit(tmp_path, input_bits
         x_BLK = rng.normal(0, 1, (3, 7, columns)).astype(np.float32)
         x_BLK[0, 0], x_BLK[0, 1], x_BLK[0, 2], x_BLK[0, 3] = lowest * 0.25, highest * 0.25, 1e9, 0
         x_BLK[1] = (rng.integers(2 * lowest, 2 * highest, (7, columns)) + 0.5) * 0.25  # halves: to even
-        (y_BLM,) = run(tmp_path, lambda graph, linear=linear: [add_linear(graph, "x", "w", linear)], x_BLK, device)
+
+        def build(graph, linear=linear):
+            graph.many_rows = many_rows
+            return [add_linear(graph, "x", "w", linear)]
+
+        (y_BLM,) = run(tmp_path, build, x_BLK, device)
         weight = linear.weight
         expected_NM = arithmetic.quantized_linear(
             x_BLK.reshape(21, -1), linear.input_scale, weight.codes, weight.scale, input_bits, weight_bits
         )
         np.testing.assert_array_equal(y_BLM.reshape(21, -1), expected_NM)
+
+
+@pytest.mark.parametrize(("input_bits", "weight_bits"), [(4, 4), (8, 4), (4, 8), (8, 8)])
+def test_no_sum_of_two_products_saturates(tmp_path, input_bits, weight_bits):
+    """Without VNNI, products of uint8 and int8 are added in pairs in int16; this machine may have VNNI."""
+    graph = GraphBuilder()
+    graph.input("x", np.float32, ["B", "L", 40])
+    graph.many_rows = True
+    linear = layer(np.random.default_rng(0), 40, input_bits, weight_bits, static=True)
+    graph.output(add_linear(graph, "x", "w", linear), np.float32, ["B", "L", "M"])
+    graph.write(tmp_path, {})
+    weights = {tensor.name: tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    largest_input = 2**input_bits - 1  # shifted by half its range
+    if "w.int8" in weights:
+        assert 2 * largest_input * 2 ** (weight_bits - 1) < 2**15
+    else:
+        assert weights["w.uint8"].data_type == onnx.TensorProto.UINT8
+
+
+def test_a_graph_of_which_one_half_is_run(tmp_path):
+    """Each half reads what was computed before, a constant and a weight of both."""
+
+    def build(graph):
+        doubled = graph.node("Add", "x", "x")
+        few = graph.node("LessOrEqual", graph.node("Size", "x"), graph.constant(4, np.int64))
+        weight = graph.weight("w", np.array([[3.0]], np.float32))
+        halves = (lambda: [graph.node("Mul", doubled, weight)]), (lambda: [graph.node("Sub", doubled, weight)])
+        return graph.either(few, *halves, {"chosen": np.float32})
+
+    few, many = np.ones((1, 4, 1), np.float32), np.ones((1, 5, 1), np.float32)
+    np.testing.assert_array_equal(run(tmp_path, build, few)[0], 6 * few)
+    np.testing.assert_array_equal(run(tmp_path, build, many)[0], -many)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -146,11 +188,22 @@ def test_packed_codes_of_a_block():
     assert [nibble - 8 for nibble in nibbles] == [-8, 7, 0, 1, -1, *[0] * 11]
 
 
-@pytest.mark.parametrize(("columns", "most"), [(256, 1.41), (640, 1.24), (2048, 1.13), (5504, 1.06)])
+@pytest.mark.parametrize(("columns", "most"), [(256, 1.41), (640, 1.24), (2048, 1.17), (5504, 1.06)])
 def test_block_sizes_waste_little(columns, most):
     """Bytes of codes, of what pads them and of the blocks' scales, over those of the codes alone."""
     size = block_size(columns)
     assert -(-columns // (size - 1)) * (size / 2 + 4) <= most * columns / 2
+
+
+@pytest.mark.parametrize("columns", [1, 31, 39, 127, 255, 256, 576, 640, 1536, 2048, 5504])
+def test_no_block_is_without_the_input_that_is_given_away(columns):
+    size = block_size(columns)
+    width = group_width(columns, size)
+    real = np.tile(np.arange(width + 1) < width, -(-columns // width))
+    blocks = [real[start : start + size] for start in range(0, len(real), size)]
+    assert not any(block.all() for block in blocks)
+    assert len(blocks) == -(-columns // (size - 1))
+    assert real.sum() >= columns
 
 
 def test_the_command(tmp_path):
