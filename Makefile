@@ -12,7 +12,7 @@ CMAKE := $(BIN)/cmake
 CPP = $(shell find runtime/native tests/native -name '*.[ch]pp')
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fuzz test-images test-lowest test-vllm lint format setup native bench corpus demo-model \
+.PHONY: help serve test test-fuzz test-images test-lowest test-onnx test-vllm lint format setup native bench corpus demo-model \
 	demo-twin ablation materials quantization-table loadtest-demo clean
 
 help: ## This list
@@ -57,6 +57,9 @@ test-vllm: $(VENV)/.native $(VLLM)/.ready ## Test the engine vllm and its plugin
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/on_vllm --timeout=900
 	VLLM_CPU_KVCACHE_SPACE=1 OSP_TEST_ENGINE=vllm $(VLLM)/bin/python -m pytest --timeout=900 \
 		$(HTTP_TESTS:%=tests/runtime/server/test_%.py)
+
+test-onnx: $(VENV)/.dev $(VENV)/.native ## The HTTP tests again, on ONNX Runtime
+	OSP_TEST_ENGINE=onnx $(BIN)/python -m pytest tests/runtime/server
 
 test-images: ## Build the images without Docker and try them; as root, with buildah and debootstrap (IMAGES: what to build)
 	$(PYTHON) deploy/check_images.py $(IMAGES)
