@@ -4,6 +4,9 @@ The server starts vLLM's engine with multiprocessing, and that process its worke
 end of a pipe whose other end is open for as long as the parent lives (`multiprocessing.parent_process`). The plugin,
 which vLLM loads in each of them, watches it there. Linux's own means, PR_SET_PDEATHSIG, would not do: it fires when the
 *thread* that started a process ends, and the thread that loads a model ends long before the server.
+
+Out of its reach is what has not loaded the plugin: an engine that waits, 5 minutes at most, for the server's first word,
+and the coordinator of data parallelism, which never does.
 """
 
 from __future__ import annotations
