@@ -5,8 +5,8 @@ end of a pipe whose other end is open for as long as the parent lives (`multipro
 which vLLM loads in each of them, watches it there. Linux's own means, PR_SET_PDEATHSIG, would not do: it fires when the
 *thread* that started a process ends, and the thread that loads a model ends long before the server.
 
-Out of its reach is what has not loaded the plugin: an engine that waits, 5 minutes at most, for the server's first word,
-and the coordinator of data parallelism, which never does.
+Out of its reach is what has not loaded the plugin: an engine that waits for the server's first word, 5 minutes at most
+(vLLM's HANDSHAKE_TIMEOUT_MINS), and the coordinator of data parallelism, which never loads it.
 """
 
 from __future__ import annotations
