@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from quant.cli import USER_ERRORS
-from trainer.config import PRESETS, ConfigError, preset
+from trainer.config import ConfigError, preset
+from trainer.options import preset_options
 
 
 @click.command(short_help="Train the paper's six recipes and compare their outliers, and them in 4 bits.")
-@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="demo", show_default=True)
+@preset_options
 @click.option("--data", "paths", multiple=True, required=True, help="Text, as `osp train` takes it. Repeatable.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory of the runs.")
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of each recipe.")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens an optimizer step; whole contexts.")
-@click.option("--matrix-lr", type=float, help="Peak learning rate of the matrices.")
-@click.option("--embedding-lr", type=float, help="Peak learning rate of embedding, head and norms.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of initialization and data order.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def ablate(
     preset_name: str,
     paths: tuple[str, ...],
     out: Path,
-    steps: int | None,
-    batch_tokens: int | None,
-    matrix_lr: float | None,
-    embedding_lr: float | None,
-    seed: int | None,
     threads: int | None,
     as_json: bool,
+    **changes: Any,
 ) -> None:
     """Trains Adam, Muon alone, Muon, Muon with SSNorm, Muon with embedding projections, and OSP, from one seed on the
     same batches; quantizes each to 4-4-4 (weights, activations, KV cache) with and without FFN Hadamard.
@@ -57,15 +50,7 @@ def ablate(
     if threads:
         torch.set_num_threads(threads)
     try:
-        config = preset(
-            preset_name,
-            steps=steps,
-            batch_tokens=batch_tokens,
-            matrix_lr=matrix_lr,
-            embedding_lr=embedding_lr,
-            seed=seed,
-        )
-        ablation = Ablation(paths, out, config)
+        ablation = Ablation(paths, out, preset(preset_name, **changes))
         result = ablation.run(quiet=as_json)
     except TrainingStoppedError as stopped:
         note = f"{out}: stopped after step {stopped.step} of a training, which is saved; the same command goes on"

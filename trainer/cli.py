@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
 from quant.text import TextError
-from trainer.config import PRESETS, ConfigError, Recipe, preset
+from trainer.config import ConfigError, Recipe, preset
+from trainer.options import preset_options
 
 
 @click.command(short_help="Train an outlier-safe model and export it as a Hugging Face Llama.")
-@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="demo", show_default=True)
+@preset_options
 @click.option(
     "--data",
     "paths",
@@ -26,14 +27,6 @@ from trainer.config import PRESETS, ConfigError, Recipe, preset
     "--tokenizer", type=click.Path(path_type=Path), help="Directory of a tokenizer.json to use; none is trained."
 )
 @click.option("--recipe", type=click.Choice(get_args(Recipe)), help="Default osp; the others leave parts of it out.")
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens an optimizer step; whole contexts.")
-@click.option(
-    "--micro-batch-tokens", type=click.IntRange(min=1), help="Of these, how many go through the model at a time."
-)
-@click.option("--matrix-lr", type=float, help="Peak learning rate of the matrices.")
-@click.option("--embedding-lr", type=float, help="Peak learning rate of embedding, head and norms.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of initialization and data order.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="auto: a GPU if there is one.  [default: auto]"
@@ -63,12 +56,6 @@ def train(
     out: Path | None,
     tokenizer: Path | None,
     recipe: str | None,
-    steps: int | None,
-    batch_tokens: int | None,
-    micro_batch_tokens: int | None,
-    matrix_lr: float | None,
-    embedding_lr: float | None,
-    seed: int | None,
     threads: int | None,
     device: str | None,
     compiled: bool | None,
@@ -81,6 +68,7 @@ def train(
     plan: bool,
     tflops: float | None,
     as_json: bool,
+    **changes: Any,
 ) -> None:
     """Trains a compact model on your text, outlier-safe by default, and exports it to OUT/final as a plain Llama.
 
@@ -106,17 +94,12 @@ def train(
         config = preset(
             preset_name,
             recipe=recipe,
-            steps=steps,
-            seed=seed,
-            batch_tokens=batch_tokens,
-            micro_batch_tokens=micro_batch_tokens,
-            matrix_lr=matrix_lr,
-            embedding_lr=embedding_lr,
             device=device,
             compile=compiled,
             activation_checkpointing=activation_checkpointing,
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
+            **changes,
         )
         if plan:
             planned = make_plan(config, tflops)

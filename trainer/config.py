@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Recipe = Literal["adam", "muon-only", "muon", "muon+ssnorm", "muon+embproj", "osp"]
@@ -222,11 +222,14 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preset(name: str, **changes: Any) -> TrainConfig:
-    """The preset called `name`, with `changes` to its fields; those that are None are left alone.
+    """The preset called `name`, with `changes` to fields of `TrainConfig` or `ModelConfig`; None changes nothing.
 
     Raises:
         ConfigError: no such preset, or settings that do not fit together.
     """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
+    config = PRESETS[name]
+    given = {field: value for field, value in changes.items() if value is not None}
+    shape = {field.name: given.pop(field.name) for field in fields(ModelConfig) if field.name in given}
+    return replace(config, **{"model": replace(config.model, **shape), **given})

@@ -179,12 +179,15 @@ def test_other_settings_are_refused_by_name(whole, corpus, tmp_path):
         Ablation([str(other)], out, TINY).run(quiet=True)
 
 
-def test_the_command_takes_batch_and_learning_rates(whole, corpus):
+def test_the_command_takes_shape_batch_and_learning_rates(whole, corpus):
     out, _ = whole
-    changes = ["--batch-tokens", "512", "--matrix-lr", "0.001", "--embedding-lr", "0.003"]
+    changes = ["--num-layers", "1", "--batch-tokens", "512", "--matrix-lr", "0.001", "--embedding-lr", "0.003"]
     result = CliRunner().invoke(ablate, arguments(corpus, out, *changes))
     assert result.exit_code == 1
-    assert "batch_tokens: 1024 then, 512 now; matrix_lr: 0.004 then, 0.001 now; embedding_lr: 0.004" in result.stderr
+    assert (
+        "num_layers: 2 then, 1 now; batch_tokens: 1024 then, 512 now; matrix_lr: 0.004 then, 0.001 now; embedding_lr: 0.004"
+        in result.stderr
+    )
 
 
 def test_errors_are_one_clear_line(corpus, tmp_path):

@@ -160,6 +160,7 @@ def test_the_command_names_what_is_wrong_with_a_corpus(tmp_path, make, message):
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**70)], "--seed"),
         (["--batch-tokens", "100"], "batch_tokens 100 is not a multiple of the context length 64"),
+        (["--num-heads", "3"], "hidden_size 64 over 3 heads"),
         (["--matrix-lr", "nan"], "matrix_lr must be a positive number"),
         (["--matrix-lr", "-1"], "matrix_lr must be a positive number"),
         (["--out", __file__], "File exists"),
