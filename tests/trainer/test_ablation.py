@@ -181,13 +181,11 @@ def test_other_settings_are_refused_by_name(whole, corpus, tmp_path):
 
 def test_the_command_takes_shape_batch_and_learning_rates(whole, corpus):
     out, _ = whole
-    changes = ["--num-layers", "1", "--batch-tokens", "512", "--matrix-lr", "0.001", "--embedding-lr", "0.003"]
+    changes = ["--num-layers", "1", "--batch-tokens", "512", "--matrix-lr", "0.001"]
     result = CliRunner().invoke(ablate, arguments(corpus, out, *changes))
     assert result.exit_code == 1
-    assert (
-        "num_layers: 2 then, 1 now; batch_tokens: 1024 then, 512 now; matrix_lr: 0.004 then, 0.001 now; embedding_lr: 0.004"
-        in result.stderr
-    )
+    for change in ("num_layers: 2 then, 1 now", "batch_tokens: 1024 then, 512 now", "matrix_lr: 0.004 then, 0.001 now"):
+        assert change in result.stderr
 
 
 def test_errors_are_one_clear_line(corpus, tmp_path):
