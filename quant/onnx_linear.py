@@ -18,7 +18,7 @@ kernels of MatMulInteger are faster. Without VNNI those of int8 weights saturate
 of codes comes near to that where one side has 4 bits, but 8 bits on both sides need weights in uint8.
 
 CUDA knows no accuracy level: there the products of floats have codes as inputs, sums of which float32 holds. Others are
-`MatMulInteger` of int8, which it has, of uint8 it has none.
+`MatMulInteger` of uint8 there too, for which ONNX Runtime goes to the CPU.
 
 Level 4 and `QuantizeLinear` round half to even as the scheme does, so that no node has to before. Every node costs a
 decoding step a microsecond or more, as much as a small product.
@@ -48,9 +48,6 @@ BLOCK_SIZES = (256, 128, 64, 32)
 
 MOST_ON_CUDA = 128
 """The largest that it has kernels for."""
-
-CUBLAS_MULTIPLE = 4
-"""It multiplies int8 in reductions of no other width."""
 
 BLOCK_COST = 12
 """Reading the scale of a block and summing its inputs takes as long as so many bytes of codes."""
@@ -250,11 +247,10 @@ def _product_on_cuda(graph: GraphBuilder, codes: str, name: str, layer: Quantize
     weight = layer.weight
     if weight.bits == 4 and 8 * 2 ** (layer.input_bits - 1) * weight.columns <= EXACT_SUM:
         return _float_product(graph, codes, name, weight)
-    missing = -weight.columns % CUBLAS_MULTIPLE
-    if missing:
-        codes = graph.node("Pad", codes, graph.shape(0, 0, 0, 0, 0, missing))
-    stored = graph.weight(name, np.pad(weight.codes, ((0, 0), (0, missing))).T)
-    sums = graph.node("MatMulInteger", graph.node("Cast", codes, to=np_kind(np.int8)), stored)
+    moved = graph.node("Cast", graph.node("Add", codes, graph.constant(128)), to=np_kind(np.uint8))
+    stored_KM = (weight.codes.view(np.uint8) + np.uint8(128)).T  # the sum wraps, as it must
+    zero = graph.constant(128, np.uint8)
+    sums = graph.node("MatMulInteger", moved, graph.weight(name, stored_KM), zero, zero)
     return graph.node("Cast", sums, to=np_kind(np.float32))
 
 

@@ -52,7 +52,7 @@ def run(tmp_path, build, x_BLK, device=PROVIDER):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = open_session(tmp_path / "model.onnx", PROVIDER, options)
-    assert not placement(session).misplaced(PROVIDER)
+    assert placement(session).misplaced(PROVIDER).keys() <= {"MatMulInteger", "LessOrEqual"}  # CUDA has none of these
     return session.run(None, {"x": x_BLK})
 
 
@@ -75,9 +75,7 @@ def layer(rng, columns, input_bits, weight_bits, static, granularity="tensor", r
 def test_integer_products_are_the_specification_bit_for_bit(
     tmp_path, input_bits, weight_bits, static, device, many_rows
 ):
-    """Also what is meant for CUDA, on the CPU: but for products of int8, which saturate on some."""
-    if PROVIDER == "cpu" and device == "cuda" and weight_bits == 8:
-        pytest.skip("needs a GPU")
+    """Also what is meant for CUDA, on the CPU."""
     if PROVIDER == "cuda" and device == "cpu":
         pytest.skip("CUDA has no accuracy level 4")
     rng = np.random.default_rng(input_bits + weight_bits)
