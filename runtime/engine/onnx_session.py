@@ -110,6 +110,8 @@ def _session(directory: Path, root: Path, threads: int, provider: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
+    # Where others use the same cores, a thread that spins takes one from whom it waits for (docs/onnx.md).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
         return open_session(directory / GRAPH_FILE, provider, options)
