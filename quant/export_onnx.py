@@ -5,6 +5,7 @@ What lies in the directory stands in `quant.onnx_directory`, what the graph take
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -68,7 +69,12 @@ def write_graph(reader: CheckpointReader, directory: Path, device: str) -> int:
         CheckpointError: a value in the checkpoint is not finite, or is none that a quantizer writes.
     """
     graph = build_graph(reader, device)
-    graph.write(directory, {"osp_export_version": str(EXPORT_VERSION), "osp_precision": precision_of(reader)})
+    metadata = {
+        "osp_export_version": str(EXPORT_VERSION),
+        "osp_precision": precision_of(reader),
+        "osp.json": json.dumps(reader.provenance),
+    }
+    graph.write(directory, metadata)
     return graph.weight_bytes
 
 

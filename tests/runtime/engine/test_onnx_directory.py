@@ -20,6 +20,8 @@ from runtime.engine.runner import SequenceSlice
 pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
+import onnx
+
 from quant.export_onnx import export_onnx
 
 
@@ -27,6 +29,28 @@ from quant.export_onnx import export_onnx
 def exported(quantized: Checkpoint, tmp_path: Path) -> Path:
     export_onnx(quantized.path, tmp_path / "exported")
     return tmp_path / "exported"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("source", ["quantized", "full_precision"])
+def test_the_graph_is_valid_and_says_where_it_comes_from(
+    request: pytest.FixtureRequest, tmp_path: Path, source: str, device: str
+) -> None:
+    checkpoint: Checkpoint = request.getfixturevalue(source)
+    export_onnx(checkpoint.path, tmp_path / "exported", device)
+    graph = str(tmp_path / "exported" / "model.onnx")
+    onnx.checker.check_model(graph)
+    model = onnx.load(graph, load_external_data=False)
+    assert (model.ir_version, {opset.domain: opset.version for opset in model.opset_import}) == (
+        10,
+        {"": 21, "com.microsoft": 1},
+    )
+    assert any(weight.data_location == onnx.TensorProto.EXTERNAL for weight in model.graph.initializer)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["osp_precision"] == checkpoint.precision
+    provenance = checkpoint.path / "osp.json"
+    expected = json.loads(provenance.read_text("utf-8")) if provenance.exists() else {}
+    assert json.loads(metadata["osp.json"]) == expected
 
 
 def logits(runner: Any) -> Any:
