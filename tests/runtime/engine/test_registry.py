@@ -62,7 +62,8 @@ def test_auto_without_the_native_engine(
     caplog.set_level(logging.INFO)
     monkeypatch.setitem(sys.modules, "runtime.native._osp", None)  # as if it were not there
     assert load_runner("auto", quantized.path).info.engine == "onnx"
-    (message,) = caplog.messages
+    message, kernel = caplog.messages
+    assert "CPUExecutionProvider" in kernel
     assert message.startswith(f"engine auto: onnx runs {quantized.path}; not native: ")
     with pytest.raises(NativeLibraryError, match="not built on this machine"):
         load_runner("native", quantized.path)
