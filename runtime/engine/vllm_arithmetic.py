@@ -83,7 +83,19 @@ def unpack(packed: Tensor, length: int) -> Tensor:
 
 def integer_sums(codes_NK: Tensor, weight_MK: Tensor) -> Tensor:
     """The exact sums `codes_NK @ weight_MK.T` of int8 codes, int32 [N, M]."""
-    rows = codes_NK.shape[0]
-    if codes_NK.device.type == "cuda" and rows <= 16:  # cuBLAS takes no fewer than 17
-        codes_NK = torch.nn.functional.pad(codes_NK, (0, 0, 0, 17 - rows))
-    return torch._int_mm(codes_NK, weight_MK.T)[:rows]
+    rows, outputs = codes_NK.shape[0], weight_MK.shape[0]
+    if codes_NK.device.type == "cuda":
+        codes_NK, weight_MK = padded_for_cublas(codes_NK, weight_MK)
+    return torch._int_mm(codes_NK, weight_MK.T)[:rows, :outputs]
+
+
+def padded_for_cublas(codes_NK: Tensor, weight_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with zeros up to what cuBLAS takes: 17 rows or more, inputs and outputs in multiples of 8."""
+    (rows, columns), outputs = codes_NK.shape, weight_MK.shape[0]
+    more_rows, more_columns, more_outputs = max(0, 17 - rows), -columns % 8, -outputs % 8
+    # Padding by nothing would copy.
+    if more_rows or more_columns:
+        codes_NK = torch.nn.functional.pad(codes_NK, (0, more_columns, 0, more_rows))
+    if more_outputs or more_columns:
+        weight_MK = torch.nn.functional.pad(weight_MK, (0, more_columns, 0, more_outputs))
+    return codes_NK, weight_MK

@@ -10,7 +10,7 @@ from quant.hadamard import Hadamard
 
 torch = pytest.importorskip("torch")
 
-from runtime.engine.vllm_arithmetic import integer_sums, quantize_rows, rotate_rows, unpack  # noqa: E402
+from runtime.engine.vllm_arithmetic import integer_sums, padded_for_cublas, quantize_rows, rotate_rows, unpack  # noqa: E402
 
 RNG = np.random.default_rng(7)
 
@@ -34,6 +34,17 @@ def test_sums_are_exact(rows: int, bits: int) -> None:
     exact_NM = x_NK.astype(np.int64) @ w_MK.astype(np.int64).T
     sums_NM = integer_sums(torch.from_numpy(x_NK), torch.from_numpy(w_MK))
     np.testing.assert_array_equal(sums_NM.numpy(), exact_NM)
+
+
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(1, 96, 100), (16, 100, 96), (17, 96, 104), (33, 7, 1)])
+def test_sums_are_exact_in_shapes_that_cublas_takes(rows: int, columns: int, outputs: int) -> None:
+    """Which are torch's own conditions for `_int_mm` on a card."""
+    x_NK, w_MK = codes(rows, columns, 8), codes(outputs, columns, 8)
+    padded_x, padded_w = padded_for_cublas(torch.from_numpy(x_NK), torch.from_numpy(w_MK))
+    assert len(padded_x) > 16
+    assert padded_x.shape[1] % 8 == len(padded_w) % 8 == 0
+    sums_NM = torch._int_mm(padded_x, padded_w.T)[:rows, :outputs]
+    np.testing.assert_array_equal(sums_NM.numpy(), x_NK.astype(np.int64) @ w_MK.astype(np.int64).T)
 
 
 def test_inputs_of_bfloat16_are_quantized_as_the_numbers_they_are() -> None:
