@@ -156,9 +156,8 @@ def group_width(columns: int, size: int) -> int:
 def pack_blocks(codes_MK: NDArray[np.int8], size: int, bits: int = 4) -> NDArray[np.uint8]:
     """Codes as `MatMulNBits` holds them, uint8 [M, blocks, size * bits / 8]: shifted by half their range."""
     rows, columns = codes_MK.shape
-    offset = 1 << (bits - 1)
-    stored = np.full((rows, -(-columns // size) * size), offset, np.uint8)
-    stored[:, :columns] = codes_MK.view(np.uint8) + np.uint8(offset)  # which wraps, as it must
+    stored = np.full((rows, -(-columns // size) * size), 1 << (bits - 1), np.uint8)
+    stored[:, :columns] = _moved(codes_MK, bits)
     if bits == 4:
         stored = stored[:, 0::2] | (stored[:, 1::2] << np.uint8(4))
     return stored.reshape(rows, -1, size * bits // 8)
@@ -234,11 +233,9 @@ def _integer_operands(
         x = graph.node("Clip", x, graph.constant(lowest * scale), graph.constant(highest * scale))
     zero = graph.constant(-lowest, np.uint8)
     codes = graph.node("QuantizeLinear", x, graph.constant(scale), zero)
-    codes_KM = layer.weight.codes.T
     if min(layer.input_bits, layer.weight.bits) < 8:
-        return (codes, graph.shared_weight(f"{name}.int8", lambda: codes_KM)), [zero]
-    moved_KM = codes_KM.view(np.uint8) + np.uint8(128)  # the sum wraps, as it must
-    stored = graph.shared_weight(f"{name}.uint8", lambda: moved_KM)
+        return (codes, graph.shared_weight(f"{name}.int8", lambda: layer.weight.codes.T)), [zero]
+    stored = graph.shared_weight(f"{name}.uint8", lambda: _moved(layer.weight.codes, 8).T)
     return (codes, stored), [zero, graph.constant(128, np.uint8)]
 
 
@@ -248,10 +245,14 @@ def _product_on_cuda(graph: GraphBuilder, codes: str, name: str, layer: Quantize
     if weight.bits == 4 and 8 * 2 ** (layer.input_bits - 1) * weight.columns <= EXACT_SUM:
         return _float_product(graph, codes, name, weight)
     moved = graph.node("Cast", graph.node("Add", codes, graph.constant(128)), to=np_kind(np.uint8))
-    stored_KM = (weight.codes.view(np.uint8) + np.uint8(128)).T  # the sum wraps, as it must
     zero = graph.constant(128, np.uint8)
-    sums = graph.node("MatMulInteger", moved, graph.weight(name, stored_KM), zero, zero)
+    sums = graph.node("MatMulInteger", moved, graph.weight(name, _moved(weight.codes, 8).T), zero, zero)
     return graph.node("Cast", sums, to=np_kind(np.float32))
+
+
+def _moved(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Codes as ONNX Runtime has them in uint8: plus half their range."""
+    return codes.view(np.uint8) + np.uint8(1 << (bits - 1))  # the sum wraps, as it must
 
 
 def _weight_scale(graph: GraphBuilder, name: str, layer: QuantizedLinear) -> str:

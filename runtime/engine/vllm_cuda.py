@@ -8,8 +8,7 @@ roundings of float32, and the same 16-bit number but where it lies that near the
 Marlin's other form, codes as 16-bit floats, is exact up to the sum too, but rounds it to 16 bits *before* it is scaled:
 the product would be rounded twice. It serves inputs that are 16-bit floats anyway. docs/vllm-kernels.md compares them.
 
-Read in vLLM 0.32 and 0.33: `csrc/quantization/marlin`, `_custom_ops.py`. Run on an H200 with the
-kernels of 0.33.
+Read in vLLM 0.32 and 0.33: `csrc/quantization/marlin`, `_custom_ops.py`. Run on an H200 with the kernels of 0.33.
 """
 
 from __future__ import annotations
