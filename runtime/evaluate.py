@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from quant.format import CheckpointReader
 from quant.tasks import ScoredWindow
 from quant.text import Perplexity, windows
-from runtime.engine.registry import RUNNERS, UnknownEngineError, load_runner
+from runtime.engine.registry import RUNNERS, EngineOptions, UnknownEngineError, check_provider, load_runner
 from runtime.engine.runner import ModelRunner, SequenceSlice
 
 LOGIT_ROWS = 128
@@ -55,17 +55,23 @@ class Scorer(Protocol):
         ...
 
 
-def load_scorer(name: str, path: Path, progress: Progress | None = None) -> Scorer:
+def load_scorer(
+    name: str, path: Path, progress: Progress | None = None, options: EngineOptions | None = None
+) -> Scorer:
     """Loads a checkpoint directory for evaluation by the engine called `name`.
 
     Raises:
         UnknownEngineError: no such engine; raised before anything is read.
+        OnnxProviderError: as `runtime.engine.registry.load_engine`.
         CheckpointError: `path` is not a usable checkpoint.
         ModuleNotFoundError: the engine is torch, and torch is not installed.
     """
     if name not in EVALUATION_ENGINES:
         raise UnknownEngineError(name, EVALUATION_ENGINES)
-    return TorchScorer(path, progress) if name == "torch" else RunnerScorer(load_runner(name, path), progress)
+    if name == "torch":
+        check_provider(name, options or EngineOptions())
+        return TorchScorer(path, progress)
+    return RunnerScorer(load_runner(name, path, options), progress)
 
 
 def perplexity(scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[str]) -> Perplexity:

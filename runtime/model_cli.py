@@ -15,6 +15,8 @@ from quant.llama import LlamaConfig
 from quant.scheme import LINEAR_SITES, LinearScheme, Scheme
 from quant.tasks import read_questions, score_task
 from quant.text import read_documents
+from runtime.engine.onnx_provider import PROVIDERS
+from runtime.engine.registry import EngineOptions
 from runtime.evaluate import EVALUATION_ENGINES, load_scorer, perplexity
 from runtime.model_store import DEFAULT_MODEL, recorded_quality, resolve_model
 
@@ -44,8 +46,17 @@ def info(model: str, as_json: bool) -> None:
 @click.option(
     "--engine", default="auto", show_default=True, help=f"The engine to run: {', '.join(EVALUATION_ENGINES)}."
 )
+@click.option(
+    "--onnx-provider",
+    type=click.Choice(list(PROVIDERS)),
+    default="cpu",
+    show_default=True,
+    help="What the engine onnx runs its graph on.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(model: str, data: tuple[Path, ...], task: tuple[Path, ...], engine: str, as_json: bool) -> None:
+def evaluate(
+    model: str, data: tuple[Path, ...], task: tuple[Path, ...], engine: str, onnx_provider: str, as_json: bool
+) -> None:
     """Measure MODEL: its perplexity on text, its accuracy at multiple-choice tasks.
 
     MODEL is a directory, a Hugging Face name, or a bundled name. --data names a .txt or .md file, a .jsonl file whose
@@ -67,7 +78,8 @@ def evaluate(model: str, data: tuple[Path, ...], task: tuple[Path, ...], engine:
 
     tasks = {file: read_questions(file) for file in task}  # first, as a mistake in them is found at once
     path = resolve_model(model)
-    scorer, tokenizer = load_scorer(engine, path, progress), read_tokenizer(path)
+    options = EngineOptions(onnx_provider=onnx_provider)
+    scorer, tokenizer = load_scorer(engine, path, progress, options), read_tokenizer(path)
     try:
         measured = perplexity(scorer, tokenizer, read_documents(data)) if data else None
         results = [

@@ -76,7 +76,7 @@ def load_engine(
     options = options or EngineOptions()
     if name == "auto":
         name = choose_engine(path)
-    _check_provider(name, options)
+    check_provider(name, options)
     if name == VLLM:
         from runtime.engine.vllm import VllmEngine
 
@@ -96,7 +96,7 @@ def load_runner(name: str, path: Path, options: EngineOptions | None = None) -> 
     options = options or EngineOptions()
     if name == "auto":
         name = choose_engine(path, bare=True)
-    _check_provider(name, options)
+    check_provider(name, options)
     if name == "reference":
         return ReferenceRunner(read_checkpoint(path))
     if name == "onnx":
@@ -106,7 +106,8 @@ def load_runner(name: str, path: Path, options: EngineOptions | None = None) -> 
     return runner
 
 
-def _check_provider(name: str, options: EngineOptions) -> None:
+def check_provider(name: str, options: EngineOptions) -> None:
+    """Raises `OnnxProviderError` where the options name a provider, and the engine is not ONNX Runtime."""
     if name != "onnx" and options.onnx_provider != "cpu":
         raise OnnxProviderError(
             f"the ONNX provider {options.onnx_provider!r} is of no use to the engine {name}; choose --engine onnx"

@@ -213,6 +213,7 @@ def test_eval_without_torch_says_what_to_install(
 def test_mistakes_are_told_in_one_line(quantized: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("t1")
     (tmp_path / "bad.jsonl").write_text("{}")
+    on_cuda = [quantized.path, "--data", tmp_path / "one.txt", "--onnx-provider", "cuda", "--engine"]
     for command, arguments, message in (
         ("info", ["no-such-model"], "no-such-model"),
         ("info", ["~nosuchuser/x"], "home directory"),
@@ -223,6 +224,9 @@ def test_mistakes_are_told_in_one_line(quantized: Checkpoint, tmp_path: Path) ->
         ("eval", [quantized.path, "--data", tmp_path / "one.txt"], "nothing to score"),
         ("eval", [quantized.path, "--data", tmp_path / "one.txt", "--engine", "tensorrt"], "no engine 'tensorrt'"),
         ("eval", [quantized.path, "--task", tmp_path / "bad.jsonl"], 'bad.jsonl:1: no "context"'),
+        ("eval", [*on_cuda, "reference"], "no use to the engine reference; choose --engine onnx"),
+        ("eval", [*on_cuda, "torch"], "no use to the engine torch; choose --engine onnx"),
+        ("eval", [*on_cuda, "onnx"], "no CUDAExecutionProvider"),
     ):
         result = ask(command, *arguments)
         assert result.exit_code == 1
