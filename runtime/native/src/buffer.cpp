@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <utility>
 
@@ -12,41 +13,91 @@
 namespace osp {
 namespace {
 
-constexpr std::size_t kAlignment = 64, kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kAlignment = 64;
+
+std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+#if defined(__linux__)
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kSharedBytes = 16 * kHugePage;  // address space, of which what is written takes memory
+
+// Zero pages from the system, whole pages of which are only there once written.
+class Mapping {
+  public:
+    Mapping(std::size_t bytes, bool huge) : bytes_(bytes) {
+        void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (at == MAP_FAILED) throw std::bad_alloc();
+        data_ = static_cast<std::uint8_t*>(at);
+        if (huge) madvise(at, bytes, MADV_HUGEPAGE);  // advice: where it is not taken, nothing is lost
+    }
+    ~Mapping() { munmap(data_, bytes_); }
+    Mapping(const Mapping&) = delete;
+    Mapping& operator=(const Mapping&) = delete;
+
+    std::uint8_t* data() const { return data_; }
+
+    // So many bytes that nobody has taken, or none if there is no room.
+    std::uint8_t* take(std::size_t bytes) {
+        if (bytes > bytes_ - taken_) return nullptr;
+        return data_ + std::exchange(taken_, taken_ + bytes);
+    }
+
+  private:
+    std::uint8_t* data_;
+    std::size_t bytes_, taken_ = 0;
+};
+
+struct Piece {
+    std::shared_ptr<const Mapping> of;
+    std::uint8_t* data;
+};
+
+// A part of the mapping that is being filled; of a new one when that is full, or when all who had a part of it are gone.
+Piece shared_piece(std::size_t bytes) {
+    static std::mutex mutex;
+    static std::weak_ptr<Mapping> filling;
+    const std::lock_guard lock(mutex);
+    std::shared_ptr<Mapping> mapping = filling.lock();
+    std::uint8_t* data = mapping ? mapping->take(bytes) : nullptr;
+    if (data == nullptr) {
+        filling = mapping = std::make_shared<Mapping>(kSharedBytes, true);
+        data = mapping->take(bytes);
+    }
+    return {std::move(mapping), data};
+}
+
+#endif
 
 }  // namespace
 
-Buffer::Buffer(std::size_t bytes, [[maybe_unused]] bool huge) : bytes_(bytes) {
+Buffer::Buffer(std::size_t bytes, [[maybe_unused]] Pages pages) : bytes_(bytes) {
     if (bytes == 0) return;
 #if defined(__linux__)
-    // mmap gives zero pages, whole pages of which are only there once written.
-    void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) throw std::bad_alloc();
-    if (huge && bytes >= kHugePage)
-        madvise(at, bytes, MADV_HUGEPAGE);  // advice: where it is not taken, nothing is lost
-    data_ = static_cast<std::uint8_t*>(at);
+    if (pages == Pages::kShared && bytes < kHugePage) {
+        Piece piece = shared_piece(aligned(bytes));
+        memory_ = std::move(piece.of);
+        data_ = piece.data;
+    } else {
+        const auto mapping = std::make_shared<const Mapping>(bytes, pages != Pages::kSmall && bytes >= kHugePage);
+        memory_ = mapping;
+        data_ = mapping->data();
+    }
 #else
-    const std::size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    void* at = std::aligned_alloc(kAlignment, rounded);
-    if (at == nullptr) throw std::bad_alloc();
-    std::memset(at, 0, rounded);
-    data_ = static_cast<std::uint8_t*>(at);
-#endif
-}
-
-Buffer::~Buffer() {
-    if (data_ == nullptr) return;
-#if defined(__linux__)
-    munmap(data_, bytes_);
-#else
-    std::free(data_);
+    memory_ = std::shared_ptr<void>(std::aligned_alloc(kAlignment, aligned(bytes)), std::free);
+    if (!memory_) throw std::bad_alloc();
+    data_ = static_cast<std::uint8_t*>(const_cast<void*>(memory_.get()));
+    std::memset(data_, 0, bytes);
 #endif
 }
 
 Buffer::Buffer(Buffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+    : memory_(std::move(other.memory_)),
+      data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)) {}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
+    std::swap(memory_, other.memory_);
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;

@@ -3,17 +3,23 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace osp {
+
+// What memory comes in, where the system has a choice. A page that is written anywhere takes memory whole.
+enum class Pages : std::uint8_t {
+    kHuge,    // of its own, huge if there is room for one
+    kSmall,   // of its own, for what is written here and there
+    kShared,  // huge ones, together with other buffers of this kind: they are given back when the last of these goes
+};
 
 class Buffer {
   public:
     Buffer() = default;
     // Throws std::bad_alloc. The memory costs nothing before it is written.
-    // `huge`: in huge pages, where the system has them; not for what is written here and there, since a page that is
-    // written anywhere takes memory whole.
-    explicit Buffer(std::size_t bytes, bool huge = true);
-    ~Buffer();
+    explicit Buffer(std::size_t bytes, Pages pages = Pages::kHuge);
+    ~Buffer() = default;
     Buffer(Buffer&& other) noexcept;
     Buffer& operator=(Buffer&& other) noexcept;
 
@@ -25,6 +31,7 @@ class Buffer {
     }
 
   private:
+    std::shared_ptr<const void> memory_;
     std::uint8_t* data_ = nullptr;
     std::size_t bytes_ = 0;
 };

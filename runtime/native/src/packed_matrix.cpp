@@ -62,10 +62,11 @@ PackedMatrix::PackedMatrix(Format format, int rows, int columns, std::vector<flo
     panels_.columns = padded;
     panels_.panel_bytes = (column_bytes(format, padded) + 63) / 64 * 64;
     panels_.scale_per_output = scales.size() > 1;
-    data_ = Buffer(panels_.panel_bytes * static_cast<std::size_t>(panels()));
+    data_ = Buffer(panels_.panel_bytes * static_cast<std::size_t>(panels()), Pages::kShared);
     panels_.data = data_.data();
     if (integer) {
-        scales_ = Buffer(static_cast<std::size_t>(panels_.scale_per_output ? panels() * kLanes : 1) * sizeof(float));
+        const std::size_t values = panels_.scale_per_output ? static_cast<std::size_t>(panels()) * kLanes : 1;
+        scales_ = Buffer(values * sizeof(float), Pages::kShared);
         std::copy(scales.begin(), scales.end(), scales_.as<float>());
         panels_.scales = scales_.as<float>();
     }
