@@ -11,20 +11,15 @@ import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from quant.hadamard import Hadamard, base_matrix
-from runtime.engine.native_library import load_library
+from runtime.engine.native_library import NativeLibraryError, load_library
 from runtime.engine.vllm_kernels import CodedKernel, FusedWeight, InputScheme
 
 log = logging.getLogger("vllm.osp")
-
-_KERNELS: WeakValueDictionary[int, NativeKernel] = WeakValueDictionary()
-"""By handle: operators of torch take tensors and numbers only. A compiled graph outlives the process, in vLLM's cache:
-so the handle is a tensor, an input of the graph, and no number that would become part of it."""
 
 
 class NativeKernel(CodedKernel):
@@ -34,7 +29,7 @@ class NativeKernel(CodedKernel):
         """Packs the weight.
 
         Raises:
-            NativeLibraryError: the extension is not built.
+            NativeLibraryError: the extension is not built, or does not fit this torch.
         """
         super().__init__(inputs)
         library = load_library()
@@ -56,8 +51,10 @@ class NativeKernel(CodedKernel):
         self._outputs = weight.outputs
         operands = f"int{weight.bits}" if inputs.bits < 16 else f"float times int{weight.bits}"
         self.name = f"native {operands} ({self._layer.kernel}), {weight.bits} bits a weight"
-        self._handle = torch.tensor(id(self))
-        _KERNELS[id(self)] = self
+        # A compiled graph outlives the process, in vLLM's cache: the address is a tensor, an input of the graph, and no
+        # number that would become part of it.
+        self._handle = torch.from_numpy(self._layer.handle())
+        _implement_operators()
 
     @property
     def weight_bytes(self) -> int:
@@ -66,10 +63,9 @@ class NativeKernel(CodedKernel):
 
     def __call__(self, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
         """As `Kernel`."""
-        if torch.compiler.is_compiling():
-            y_NM: Tensor = torch.ops.osp.native_linear(x_NK, self._handle, self._outputs, dtype)
-            return y_NM
-        return self.run(x_NK, dtype)  # a call through torch's dispatcher takes as long as a small layer
+        x_NK = (x_NK if x_NK.dtype in _NUMBERS else x_NK.float()).contiguous()
+        y_NM: Tensor = torch.ops.osp.native_linear(x_NK, self._handle, self._outputs, _native(dtype))
+        return y_NM.to(dtype)
 
     def multiply(self, codes_NK: Tensor, scales_N1: Tensor, dtype: torch.dtype) -> Tensor:
         """As `CodedKernel`.
@@ -77,63 +73,57 @@ class NativeKernel(CodedKernel):
         Raises:
             ValueError: the inputs of this layer are not quantized.
         """
-        if torch.compiler.is_compiling():
-            y_NM: Tensor = torch.ops.osp.native_product(codes_NK, scales_N1, self._handle, self._outputs, dtype)
-            return y_NM
-        return self.run_product(codes_NK, scales_N1, dtype)
-
-    def run(self, x_NK: Tensor, dtype: torch.dtype) -> Tensor:
-        """`__call__`, without torch's dispatcher."""
-        y_NM = self._output(x_NK.shape[0], dtype)
-        self._layer.forward(_as_native(x_NK), y_NM)
+        codes_NK, scales_N = codes_NK.contiguous(), scales_N1.reshape(-1).contiguous()
+        y_NM: Tensor = torch.ops.osp.native_product(codes_NK, scales_N, self._handle, self._outputs, _native(dtype))
         return y_NM.to(dtype)
 
-    def run_product(self, codes_NK: Tensor, scales_N1: Tensor, dtype: torch.dtype) -> Tensor:
-        """`multiply`, without torch's dispatcher."""
-        y_NM = self._output(codes_NK.shape[0], dtype)
-        self._layer.multiply(codes_NK.contiguous(), scales_N1.reshape(-1).contiguous(), y_NM)
-        return y_NM.to(dtype)
 
-    def _output(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, self._outputs, dtype=dtype if dtype is torch.bfloat16 else torch.float32)
+TORCH_CPU = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+
+_NUMBERS = (torch.float32, torch.bfloat16)
+"""What the native engine reads and writes; every float16 is a float32."""
 
 
-def _as_native(x: Tensor) -> Tensor:
-    """The native engine reads float32 and bfloat16; every float16 is a float32."""
-    return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+def _native(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in _NUMBERS else torch.float32
 
 
-# Defined by hand: `torch.library.custom_op` looks for aliases in each call, 4 µs of a small layer's 20.
 _TORCH_LIBRARY: Any = torch.library  # in part untyped
 _LIBRARY = _TORCH_LIBRARY.Library("osp", "FRAGMENT")
-_LIBRARY.define("native_linear(Tensor x_NK, Tensor handle, int outputs, ScalarType dtype) -> Tensor")
+_LIBRARY.define("native_linear(Tensor x_NK, Tensor layer, int outputs, ScalarType dtype) -> Tensor")
 _LIBRARY.define(
-    "native_product(Tensor codes_NK, Tensor scales_N1, Tensor handle, int outputs, ScalarType dtype) -> Tensor"
+    "native_product(Tensor codes_NK, Tensor scales_N, Tensor layer, int outputs, ScalarType dtype) -> Tensor"
 )
 
 
-def native_linear(x_NK: Tensor, handle: Tensor, _outputs: int, dtype: torch.dtype) -> Tensor:
-    """`NativeKernel.__call__` of the kernel `handle`."""
-    return _KERNELS[int(handle)].run(x_NK, dtype)
-
-
-def native_product(codes_NK: Tensor, scales_N1: Tensor, handle: Tensor, _outputs: int, dtype: torch.dtype) -> Tensor:
-    """`NativeKernel.multiply` of the kernel `handle`."""
-    return _KERNELS[int(handle)].run_product(codes_NK, scales_N1, dtype)
-
-
-def _empty_outputs(x_NK: Tensor, _handle: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+def _empty_outputs(x_NK: Tensor, _layer: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
     return x_NK.new_empty((x_NK.shape[0], outputs), dtype=dtype)
 
 
-def _empty_product(codes_NK: Tensor, _scales_N1: Tensor, handle: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
-    return _empty_outputs(codes_NK, handle, outputs, dtype)
+def _empty_product(codes_NK: Tensor, _scales_N: Tensor, layer: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+    return _empty_outputs(codes_NK, layer, outputs, dtype)
 
 
-_LIBRARY.impl("native_linear", native_linear, "CPU")
-_LIBRARY.impl("native_product", native_product, "CPU")
 torch.library.register_fake("osp::native_linear", _empty_outputs, lib=_LIBRARY)
 torch.library.register_fake("osp::native_product", _empty_product, lib=_LIBRARY)
+
+
+@cache
+def _implement_operators() -> None:
+    """In C++: a call through Python takes as long as a small layer.
+
+    Raises:
+        NativeLibraryError: this torch has not the C interface; 2.13 has.
+    """
+    torch_cpu = ctypes.CDLL(TORCH_CPU)
+
+    def address_of(name: str) -> int:
+        return ctypes.cast(torch_cpu[name], ctypes.c_void_p).value or 0
+
+    try:
+        load_library().implement_torch_operators(address_of)
+    except AttributeError as error:
+        raise NativeLibraryError(f"torch {torch.__version__} lacks a part of its stable C interface: {error}") from None
 
 
 @cache
@@ -154,7 +144,7 @@ def _openmp() -> int:
 
     An OpenMP that was preloaded takes the place of the one that torch was linked to.
     """
-    for name in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+    for name in (None, TORCH_CPU):
         try:
             address = ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError):

@@ -3,6 +3,7 @@
 Letters: N rows, M outputs and K inputs of a linear layer, L tokens of P positions, H heads, C head dim, F width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -235,6 +236,10 @@ class PackedLinear:
     def multiply(self, codes: Any, scales: Any, y: Any) -> None:
         """The same of codes int8 [N, K] and the scale of each row, float32 [N]; a NaN makes its row NaN."""
 
+    def handle(self) -> NDArray[np.int64]:
+        """What the operators of `implement_torch_operators` take for the layer: its address, int64 [1]. The layer lives
+        as long as the array, and as tensors that share its memory."""
+
     @property
     def kernel(self) -> str: ...
     @property
@@ -244,6 +249,10 @@ BLOCK_SIZE: int
 
 def available_threads() -> int:
     """Those that this process may use: its affinity mask, cut to its cgroup's quota."""
+
+def implement_torch_operators(address_of: Callable[[str], int]) -> None:
+    """Implements `osp::native_linear` and `osp::native_product` in the PyTorch of this process, which knows their
+    schemas (`runtime/native/src/torch_operators.hpp`). `address_of`: of a function of PyTorch's stable C interface."""
 
 def kv_block_bytes(layers: int, heads: int, channels: int, bits: int) -> int:
     """Bytes of a block of `BLOCK_SIZE` positions."""

@@ -2,6 +2,7 @@
 // whatever speaks DLPack: numpy's, or torch's in bfloat16. A call that computes lets go of the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -14,6 +15,7 @@
 #include "kernels.hpp"
 #include "packed_linear.hpp"
 #include "stored_codes.hpp"
+#include "torch_operators.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -56,6 +58,17 @@ void multiply(const PackedLinear& linear, const RowCodes& codes, const CodeScale
     linear.multiply(codes.data(), scales.data(), rows, y.data(), to);
 }
 
+// What a layer is to `torch_operators`: its address, in an array that keeps it alive.
+auto handle_of(nb::pointer_and_handle<PackedLinear> linear) {
+    struct Address {
+        std::int64_t value;
+        nb::object owner;
+    };
+    auto* address = new Address{reinterpret_cast<std::int64_t>(linear.p), nb::borrow(linear.h)};
+    const nb::capsule keeper(address, [](void* at) noexcept { delete static_cast<Address*>(at); });
+    return nb::ndarray<nb::numpy, std::int64_t, nb::ndim<1>>(&address->value, {1}, keeper);
+}
+
 Hadamard hadamard_of(int blocks, int power, const std::optional<Signs>& signs) {
     if (!signs) return {};
     require(signs->shape(0) == signs->shape(1), "the signs of a Hadamard transform are [base, base]");
@@ -88,8 +101,10 @@ void bind_linears(nb::module_& module) {
             "kernel"_a = "")
         .def("forward", &forward, "x"_a, "y"_a)
         .def("multiply", &multiply, "codes"_a, "scales"_a, "y"_a)
+        .def("handle", &handle_of)
         .def_prop_ro("kernel", [](const PackedLinear& linear) { return std::string(linear.kernel().name); })
         .def_prop_ro("weight_bytes", [](const PackedLinear& linear) { return linear.matrix().bytes(); });
+    module.def("implement_torch_operators", &implement_torch_operators, "address_of"_a);
 }
 
 }  // namespace osp
