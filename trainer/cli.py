@@ -38,6 +38,7 @@ from trainer.options import preset_options
     default=None,
     help="Keep only what enters each block, and compute the rest again: less memory, more work.",
 )
+@click.option("--deterministic", is_flag=True, default=None, help="The same bits in every run on a GPU too; slower.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between two checkpoints.")
 @click.option("--keep-checkpoints", type=click.IntRange(min=1), help="How many of the newest stay, beside the best.")
@@ -60,6 +61,7 @@ def train(
     device: str | None,
     compiled: bool | None,
     activation_checkpointing: bool | None,
+    deterministic: bool | None,
     dtype: str,
     checkpoint_every: int | None,
     keep_checkpoints: int | None,
@@ -97,6 +99,7 @@ def train(
             device=device,
             compile=compiled,
             activation_checkpointing=activation_checkpointing,
+            deterministic=deterministic,
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             **changes,

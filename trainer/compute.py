@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import cast
 
@@ -60,6 +61,15 @@ class Compute:
             reason = str(error).partition("\n")[0]
             raise TrainingError(f"the model cannot be compiled here ({reason}); train without --compile") from error
         return F.cross_entropy(logits_BLV.float().flatten(0, 1), windows_BL[:, 1:].flatten())
+
+
+def use_deterministic_algorithms() -> None:
+    """From here on torch computes the same bits in every run, or raises RuntimeError where it has no algorithm for that.
+
+    To be called before anything is computed on a GPU: cuBLAS reads its setting when it is first used in a process.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for; :16:8 is as good
+    torch.use_deterministic_algorithms(True)
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -57,6 +57,7 @@ CHANGEABLE = frozenset(
         "device",
         "compile",
         "activation_checkpointing",
+        "deterministic",
     }
 )
 """Settings that may differ when a run is resumed."""
@@ -111,6 +112,7 @@ class TrainConfig:
         device: "cpu", "cuda", or "auto": a GPU if there is one.
         compile: run the model through torch.compile.
         activation_checkpointing: keep only what enters each block, and compute the rest again in the backward pass.
+        deterministic: a GPU takes only algorithms that give the same bits each time; a CPU has no others.
     """
 
     model: ModelConfig
@@ -135,6 +137,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
+    deterministic: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from trainer.checkpoints import (
     set_random_state,
     write_checkpoint,
 )
-from trainer.compute import Compute, compiled
+from trainer.compute import Compute, compiled, use_deterministic_algorithms
 from trainer.config import TrainConfig
 from trainer.data import TokenStreams, training_batch, window_starts
 from trainer.evaluation import Evaluation, evaluate
@@ -65,6 +65,8 @@ class Trainer:
             ConfigError: see `Compute.chosen`.
         """
         compute = Compute.chosen(config)
+        if config.deterministic:
+            use_deterministic_algorithms()
         seed_generators(config.seed)
         # Made on the CPU, so that every device begins with the same numbers.
         model = OSPModel(config.model, config.recipe, activation_checkpointing=config.activation_checkpointing)

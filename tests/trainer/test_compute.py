@@ -1,5 +1,6 @@
 """Where a run computes. No GPU is needed: that tensors follow the model is tried on torch's device without storage."""
 
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -119,6 +120,23 @@ def test_a_compiled_model_has_the_same_losses_and_checkpoints(streams, tmp_path,
     plain.restore(checkpoints(tmp_path)[-1])
     for one, other in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.fixture
+def restored_algorithms(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.usefixtures("restored_algorithms")
+def test_deterministic_algorithms_are_all_that_a_run_needs(streams, tmp_path):
+    plain = losses(TINY, tmp_path, streams)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert losses(replace(TINY, deterministic=True), tmp_path, streams) == plain
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_where_nothing_can_compile_the_error_says_how_to_train(streams, tmp_path):
