@@ -64,7 +64,7 @@ class Compute:
 
 
 def use_deterministic_algorithms() -> None:
-    """From here on torch computes the same bits in every run, or raises RuntimeError where it has no algorithm for that.
+    """From here on torch computes the same bits in every run, or raises RuntimeError where it has no way to.
 
     To be called before anything is computed on a GPU: cuBLAS reads its setting when it is first used in a process.
     """

@@ -11,10 +11,10 @@ from functools import cache
 
 import torch
 
-from runtime.engine.native_library import NativeLibraryError, load_library
+from runtime.engine.native_library import NativeLibraryError
 from runtime.engine.vllm_cuda import Capability, CutlassKernel, MarlinFloatKernel, MarlinKernel
 from runtime.engine.vllm_kernels import FloatKernel, FusedWeight, InputScheme, IntegerKernel, Kernel
-from runtime.engine.vllm_native import NativeKernel
+from runtime.engine.vllm_native import NativeKernel, load_operators
 
 # Below "vllm", whose handlers print what its engine processes log.
 log = logging.getLogger("vllm.osp")
@@ -27,7 +27,7 @@ def choose_kernel(weight: FusedWeight, inputs: InputScheme, dtype: torch.dtype) 
         dtype: of the outputs.
     """
     device = weight.stored.device
-    if device.type == "cpu" and _native_is_built():
+    if device.type == "cpu" and _native_serves():
         return NativeKernel(weight, inputs)
     if device.type == "cuda":
         kind = cuda_kernel(weight, inputs, dtype, torch.cuda.get_device_capability(device))
@@ -55,9 +55,9 @@ def cuda_kernel(
 
 
 @cache
-def _native_is_built() -> bool:
+def _native_serves() -> bool:
     try:
-        load_library()
+        load_operators()
     except NativeLibraryError as error:
         log.warning("4-bit weights take 8 bits of memory, and torch's own products serve: %s", error)
         return False

@@ -32,13 +32,13 @@ class NativeKernel(CodedKernel):
             NativeLibraryError: the extension is not built, or does not fit this torch.
         """
         super().__init__(inputs)
-        library = load_library()
+        load_operators()
         rotation: dict[str, Any] = {}
         if inputs.rotated:
             transform = Hadamard.of_width(weight.columns)
             signs = base_matrix(transform.base)
             rotation = {"blocks": transform.blocks, "power": transform.power, "signs": signs}
-        self._layer = library.PackedLinear(
+        self._layer = load_library().PackedLinear(
             _team(),
             weight.stored.numpy(),
             weight.columns,
@@ -54,7 +54,6 @@ class NativeKernel(CodedKernel):
         # A compiled graph outlives the process, in vLLM's cache: the address is a tensor, an input of the graph, and no
         # number that would become part of it.
         self._handle = torch.from_numpy(self._layer.handle())
-        _implement_operators()
 
     @property
     def weight_bytes(self) -> int:
@@ -109,19 +108,20 @@ torch.library.register_fake("osp::native_product", _empty_product, lib=_LIBRARY)
 
 
 @cache
-def _implement_operators() -> None:
-    """In C++: a call through Python takes as long as a small layer.
+def load_operators() -> None:
+    """Implements torch's operators in C++: a call through Python takes as long as a small layer.
 
     Raises:
-        NativeLibraryError: this torch has not the C interface; 2.13 has.
+        NativeLibraryError: the extension is not built, or this torch has not the C interface; 2.13 has.
     """
+    library = load_library()
     torch_cpu = ctypes.CDLL(TORCH_CPU)
 
     def address_of(name: str) -> int:
         return ctypes.cast(torch_cpu[name], ctypes.c_void_p).value or 0
 
     try:
-        load_library().implement_torch_operators(address_of)
+        library.implement_torch_operators(address_of)
     except AttributeError as error:
         raise NativeLibraryError(f"torch {torch.__version__} lacks a part of its stable C interface: {error}") from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -13,11 +15,12 @@ from quant.hadamard import Hadamard
 
 torch = pytest.importorskip("torch")
 
+from runtime.engine import vllm_choice, vllm_native  # noqa: E402
 from runtime.engine.native_library import NativeLibraryError, load_library  # noqa: E402
 from runtime.engine.vllm_arithmetic import quantize_rows, token_scales  # noqa: E402
 from runtime.engine.vllm_choice import choose_kernel  # noqa: E402
 from runtime.engine.vllm_kernels import FloatKernel, FusedWeight, InputScheme, IntegerKernel  # noqa: E402
-from runtime.engine.vllm_native import NativeKernel  # noqa: E402
+from runtime.engine.vllm_native import NativeKernel, load_operators  # noqa: E402
 
 INPUT_SCALE = np.float32(0.25)
 COLUMNS, OUTPUTS = 96, 24
@@ -118,6 +121,50 @@ def test_a_compiler_takes_the_native_operator_as_it_is(static: bool) -> None:
     for rows in (3, 5):
         x = torch.from_numpy(awkward_rows(rng)[:rows])
         assert torch.equal(compiled(x), kernel(x * 2, torch.bfloat16) + 1)
+
+
+@needs_native
+def test_the_native_operators_refuse_what_does_not_fit() -> None:
+    kernel = NativeKernel(fused(codes(np.random.default_rng(16), 4), 4), scheme(4, static=True))
+    x, integers, scales = torch.zeros(3, COLUMNS), torch.zeros(3, COLUMNS, dtype=torch.int8), torch.ones(3)
+    linear = partial(torch.ops.osp.native_linear, layer=kernel._handle, outputs=OUTPUTS, dtype=torch.float32)
+    product = partial(torch.ops.osp.native_product, layer=kernel._handle, outputs=OUTPUTS, dtype=torch.float32)
+    for call, message in (
+        (lambda: linear(x[:, 1:].contiguous()), "other columns than the weights"),
+        (lambda: linear(x[:, 1:]), "not a contiguous matrix"),
+        (lambda: linear(x[0]), "not a contiguous matrix"),
+        (lambda: linear(x.half()), "rows are float32 or bfloat16"),
+        (lambda: linear(x, dtype=torch.float16), "rows are float32 or bfloat16"),
+        (lambda: linear(x, layer=x), "the handle that PackedLinear gives"),
+        (lambda: product(x, scales), "codes are int8"),
+        (lambda: product(integers, scales[1:]), "not a float32 scale for each row"),
+        (lambda: product(integers, scales.double()), "not a float32 scale for each row"),
+        (lambda: product(integers, scales[:, None]), "not a contiguous vector"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@needs_native
+def test_a_native_layer_lives_as_long_as_its_handle() -> None:
+    kernel = NativeKernel(fused(codes(np.random.default_rng(17), 4), 4), scheme(4, static=True))
+    x, handle = torch.randn(3, COLUMNS), kernel._handle.view(-1)
+    expected = kernel(x, torch.float32)
+    del kernel
+    gc.collect()
+    assert torch.equal(torch.ops.osp.native_linear(x, handle, OUTPUTS, torch.float32), expected)
+
+
+def test_a_torch_without_the_c_interface_computes_with_its_own(monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(vllm_native, "TORCH_CPU", None)  # the functions of this process
+    monkeypatch.setattr(vllm_choice, "load_operators", load_operators.__wrapped__)
+    vllm_choice._native_serves.cache_clear()
+    try:
+        kernel = choose_kernel(fused(codes(np.random.default_rng(18), 4), 4), scheme(4, static=True), torch.float32)
+    finally:
+        vllm_choice._native_serves.cache_clear()
+    assert isinstance(kernel, IntegerKernel)
+    assert "torch's own products serve" in caplog.text
 
 
 @needs_native
