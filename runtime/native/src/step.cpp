@@ -7,13 +7,9 @@
 namespace osp {
 namespace {
 
-constexpr int kRowsOfTile = 4;                                             // rows that a chunk prepares
 constexpr std::size_t kLargestChunk = 1 << 20, kSmallestChunk = 16 << 10;  // bytes of weights, where there are few rows
 constexpr std::size_t kSharesOfThread = 3;
-constexpr int kOutputsOfChunk = 1024;   // rows times panels
-constexpr int kTokensOfTile = 16;       // tokens of a slice that a chunk attends for
-constexpr int kPositionsOfTile = 2048;  // a chunk takes more heads while these times positions are fewer
-constexpr int kFewRows = 4;             // so many rows are prepared by one thread
+constexpr int kOutputsOfChunk = 1024;  // rows times panels
 
 std::size_t lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -35,8 +31,6 @@ struct PreparedRow {
 PreparedRow prepared_row(const std::byte* scratch, int index, int stride) {
     return {const_cast<std::byte*>(scratch), index, stride};
 }
-
-int rows_of_tile(int rows) { return rows <= kFewRows ? kFewRows : std::min(kRowsOfTile, rows); }
 
 // Panels that the next chunk takes: a share of the work that is left, so that chunks grow smaller towards the end of a
 // phase, where all threads are to be done at the same time.
@@ -137,13 +131,13 @@ void StepBuilder::predict() {
 }
 
 void StepBuilder::embed() {
-    const int half = model_.shape_.head_dim / 2, count = rows_, tile = rows_of_tile(count);
+    const int half = model_.shape_.head_dim / 2, count = rows_;
     Model::Activations& a = activations_;
     const int stride = a.residual.stride + a.cosine.stride + a.sine.stride;
     const Weights& weights = model_.weights_;
     const auto compute = [=, plan = plan_, &a, &weights](int chunk, std::byte* scratch) {
         auto* to = reinterpret_cast<float*>(scratch);
-        for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, to += stride) {
+        for (int n = chunk * kRowsOfTile; n < std::min(count, (chunk + 1) * kRowsOfTile); ++n, to += stride) {
             const auto row = static_cast<std::size_t>(n);
             weights.table().read_row(plan->batch.tokens[row], to);
             float *cosine = to + a.residual.stride, *sine = cosine + a.cosine.stride;
@@ -158,13 +152,13 @@ void StepBuilder::embed() {
     };
     const auto commit = [=, &a](int chunk, const std::byte* scratch) {
         const auto* from = reinterpret_cast<const float*>(scratch);
-        for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, from += stride) {
+        for (int n = chunk * kRowsOfTile; n < std::min(count, (chunk + 1) * kRowsOfTile); ++n, from += stride) {
             std::copy_n(from, a.residual.width, a.residual.row(n));
             std::copy_n(from + a.residual.stride, half, a.cosine.row(n));
             std::copy_n(from + a.residual.stride + a.cosine.stride, half, a.sine.row(n));
         }
     };
-    phases_.push_back({(count + tile - 1) / tile, compute, commit});
+    phases_.push_back({(count + kRowsOfTile - 1) / kRowsOfTile, compute, commit});
 }
 
 void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, const float* norm,
@@ -175,15 +169,16 @@ void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, co
     const bool floats =
         std::any_of(readers.begin(), readers.end(), [](const Linear* linear) { return linear->input_bits == 16; });
     if (!codes && &source == &target.floats && !hadamard) return;  // they are there already
-    const int count = rows_, tile = rows_of_tile(count);
+    const int count = rows_;
     const int width = source.width, stride = target.floats.stride;
     const int padded = (width + kColumnStep - 1) / kColumnStep * kColumnStep;
     const float eps = model_.shape_.norm_eps;
     const HadamardPlan transform = hadamard ? hadamard->plan() : HadamardPlan{};
     const Kernel& kernel = kernel_;
     const auto compute = [=, &source, &kernel](int chunk, std::byte* scratch) {
-        auto* room = reinterpret_cast<float*>(scratch + PreparedRow::bytes(stride) * static_cast<std::size_t>(tile));
-        for (int n = chunk * tile, i = 0; n < std::min(count, (chunk + 1) * tile); ++n, ++i) {
+        auto* room =
+            reinterpret_cast<float*>(scratch + PreparedRow::bytes(stride) * static_cast<std::size_t>(kRowsOfTile));
+        for (int n = chunk * kRowsOfTile, i = 0; n < std::min(count, (chunk + 1) * kRowsOfTile); ++n, ++i) {
             const PreparedRow row(scratch, i, stride);
             const float* from = source.row(n);
             if (norm)
@@ -199,7 +194,7 @@ void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, co
         }
     };
     const auto commit = [=, &target](int chunk, const std::byte* scratch) {
-        for (int n = chunk * tile, i = 0; n < std::min(count, (chunk + 1) * tile); ++n, ++i) {
+        for (int n = chunk * kRowsOfTile, i = 0; n < std::min(count, (chunk + 1) * kRowsOfTile); ++n, ++i) {
             const PreparedRow row = prepared_row(scratch, i, stride);
             if (floats) std::copy_n(row.floats, width, target.floats.row(n));
             if (!codes) continue;
@@ -208,7 +203,7 @@ void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, co
             target.scales.as<float>()[n] = *row.scale;
         }
     };
-    phases_.push_back({(count + tile - 1) / tile, compute, commit});
+    phases_.push_back({(count + kRowsOfTile - 1) / kRowsOfTile, compute, commit});
 }
 
 void StepBuilder::multiply(const InputPlane& input, std::vector<Part> parts) {
@@ -259,44 +254,6 @@ void StepBuilder::multiply(const InputPlane& input, std::vector<Part> parts) {
     phases_.push_back({chunks, compute, commit});
 }
 
-void StepBuilder::place(int layer) {
-    const Shape& shape = model_.shape_;
-    Model::Activations& a = activations_;
-    const int count = rows_, tile = rows_of_tile(count), width = shape.queries() + shape.keys();
-    const Hadamard& transform = model_.weights_.queries_and_keys;
-    const bool transformed = static_cast<bool>(transform);
-    const HadamardPlan hadamard = transformed ? transform.plan() : HadamardPlan{};
-    const Kernel& kernel = kernel_;
-    const auto compute = [=, &a, &kernel](int chunk, std::byte* scratch) {
-        auto* row = reinterpret_cast<float*>(scratch);
-        float* room = row + static_cast<std::size_t>(tile) * static_cast<std::size_t>(width);
-        for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, row += width) {
-            std::copy_n(a.queries.row(n), shape.queries(), row);
-            std::copy_n(a.keys.row(n), shape.keys(), row + shape.queries());
-            for (float* head = row; head < row + width; head += shape.head_dim) {
-                kernel.rotate(head, a.cosine.row(n), a.sine.row(n), shape.head_dim);
-                if (transformed) kernel.hadamard(hadamard, head, room);
-            }
-        }
-    };
-    const KvCache& cache = model_.cache_;
-    const auto commit = [=, plan = plan_, &a, &kernel, &cache](int chunk, const std::byte* scratch) {
-        const auto* row = reinterpret_cast<const float*>(scratch);
-        for (int n = chunk * tile; n < std::min(count, (chunk + 1) * tile); ++n, row += width) {
-            std::copy_n(row, shape.queries(), a.queries.row(n));
-            const int position = plan->position[static_cast<std::size_t>(n)];
-            const Slice& slice =
-                plan->batch.slices[static_cast<std::size_t>(plan->slice_of[static_cast<std::size_t>(n)])];
-            const auto block = static_cast<std::size_t>(slice.block_table[static_cast<std::size_t>(position / kLanes)]);
-            for (int head = 0; head < shape.kv_heads; ++head)
-                kernel.write_kv(cache.layout(), cache.tiles(layer, head) + block * cache.block_stride(),
-                                position % kLanes, row + shape.queries() + head * shape.head_dim,
-                                a.values.row(n) + head * shape.head_dim);
-        }
-    };
-    phases_.push_back({(count + tile - 1) / tile, compute, commit});
-}
-
 void StepBuilder::narrow() {
     if (logit_rows() == rows_) return;
     Model::Activations& a = activations_;
@@ -311,59 +268,6 @@ void StepBuilder::narrow() {
         std::copy_n(reinterpret_cast<const float*>(scratch), width, a.narrowed.row(row));
     };
     phases_.push_back({rows_, compute, commit});
-}
-
-std::vector<StepBuilder::AttentionTile> StepBuilder::attention_tiles() const {
-    const int kv_heads = model_.shape_.kv_heads;
-    const bool narrowed = residual_ == &activations_.narrowed;
-    std::vector<AttentionTile> tiles;
-    int row = 0, out_row = 0;
-    for (std::size_t s = 0; s < plan_->batch.slices.size(); ++s) {
-        const Slice& slice = plan_->batch.slices[s];
-        const int positions = slice.start + slice.length;
-        const int enough = std::max(1, kv_heads / (2 * model_.threads()));
-        const int heads = std::clamp(kPositionsOfTile / positions, 1, slice.length > 1 ? 1 : enough);
-        const int skipped = narrowed ? slice.length - slice.logits : 0;
-        for (int from = skipped; from < slice.length; from += kTokensOfTile)
-            for (int head = 0; head < kv_heads; head += heads)
-                tiles.push_back({static_cast<int>(s), row + from, slice.start + from,
-                                 std::min(kTokensOfTile, slice.length - from), head, std::min(heads, kv_heads - head),
-                                 out_row + from - skipped});
-        row += slice.length;
-        out_row += slice.length - skipped;
-    }
-    return tiles;
-}
-
-void StepBuilder::attend(int layer) {
-    const Shape& shape = model_.shape_;
-    Model::Activations& a = activations_;
-    const int group = shape.heads / shape.kv_heads, channels = group * shape.head_dim;
-    const Kernel& kernel = kernel_;
-    const KvCache& cache = model_.cache_;
-    const auto tiles = std::make_shared<const std::vector<AttentionTile>>(attention_tiles());
-    const auto compute = [=, plan = plan_, &a, &kernel, &cache](int chunk, std::byte* scratch) {
-        const AttentionTile& tile = (*tiles)[static_cast<std::size_t>(chunk)];
-        const Slice& slice = plan->batch.slices[static_cast<std::size_t>(tile.slice)];
-        auto* out = reinterpret_cast<float*>(scratch);
-        const auto outputs = static_cast<std::size_t>(tile.tokens * tile.heads * channels);
-        float* room = out + (outputs + kLanes - 1) / kLanes * kLanes;
-        for (int i = 0; i < tile.heads; ++i) {
-            const int head = tile.head + i;
-            kernel.attend({&cache.layout(), cache.tiles(layer, head), cache.block_stride(), slice.block_table.data(),
-                           tile.tokens, tile.first, group, a.queries.row(tile.row) + head * channels,
-                           out + i * channels, static_cast<std::size_t>(a.queries.stride),
-                           static_cast<std::size_t>(tile.heads * channels), room});
-        }
-    };
-    const auto commit = [=, &a](int chunk, const std::byte* scratch) {
-        const AttentionTile& tile = (*tiles)[static_cast<std::size_t>(chunk)];
-        const auto* out = reinterpret_cast<const float*>(scratch);
-        const int width = tile.heads * channels;
-        for (int n = 0; n < tile.tokens; ++n, out += width)
-            std::copy_n(out, width, a.attended.floats.row(tile.out_row + n) + tile.head * channels);
-    };
-    phases_.push_back({static_cast<int>(tiles->size()), compute, commit});
 }
 
 void StepBuilder::find_argmax() {

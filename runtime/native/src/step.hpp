@@ -27,6 +27,9 @@ struct Model::Activations {
     InputPlane hidden, attended, inner;
 };
 
+constexpr int kRowsOfTile = 4;     // rows that a chunk prepares
+constexpr int kTokensOfTile = 16;  // tokens of a slice that a chunk attends for
+
 // Bytes of scratch that a thread needs for any phase of any step of at most `rows` rows.
 std::size_t scratch_bytes(const Shape& shape, int max_positions, int rows);
 
@@ -67,12 +70,13 @@ class StepBuilder {
     void prepare(const FloatPlane& source, const InputPlane& target, const float* norm, const Hadamard* hadamard,
                  std::vector<const Linear*> readers);
     void multiply(const InputPlane& input, std::vector<Part> parts);
-    void place(int layer);  // rotary embedding, and into the cache
     // From here on, nothing but the rows that get logits; the first of them becomes row 0.
     void narrow();
+    void find_argmax();
+    // In step_attention.cpp:
+    void place(int layer);  // rotary embedding, and into the cache
     void attend(int layer);
     std::vector<AttentionTile> attention_tiles() const;
-    void find_argmax();
 
     static Part part(const Linear& linear, const FloatPlane& out, bool add = false) {
         return {&linear, nullptr, out.row(0), static_cast<std::size_t>(out.stride), add};
