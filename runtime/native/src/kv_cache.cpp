@@ -37,7 +37,8 @@ KvCache::KvCache(int layers, int heads, int channels, int bits, int blocks)
     if (layers < 1 || heads < 1 || blocks < 1) throw std::invalid_argument("a KV cache of nothing");
     const std::size_t tiles =
         static_cast<std::size_t>(layers) * static_cast<std::size_t>(heads) * static_cast<std::size_t>(blocks);
-    data_ = Buffer(tiles * block_stride(), Pages::kSmall);  // a token writes a little for each layer and head, far apart
+    data_ =
+        Buffer(tiles * block_stride(), Pages::kSmall);  // a token writes a little for each layer and head, far apart
 }
 
 std::uint8_t* KvCache::tiles(int layer, int head) const {
