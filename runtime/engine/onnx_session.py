@@ -18,6 +18,10 @@ from quant.llama import CheckpointError, LlamaConfig
 from quant.onnx_directory import GRAPH_FILE, is_exported, read_export
 from runtime.engine.onnx_provider import DEVICES, OnnxProviderError, open_session, placement, require_provider
 
+SPIN_US = 50
+SPIN_TIME_SINCE = (1, 26)
+"""ONNX Runtime's versions before spin for long or not at all."""
+
 log = logging.getLogger(__name__)
 
 
@@ -104,14 +108,26 @@ def _opened(directory: Path, root: Path, threads: int, provider: str, config: Ll
     return OnnxModel(session, config, precision, DEVICES[provider], kernel)
 
 
+def _waiting(version: str) -> dict[str, str]:
+    """How a thread waits for the others at the end of each node, as entries of `session.intra_op`.
+
+    Where others use the same cores, a thread that spins takes one from whom it waits for; where nobody does, sleeping
+    and waking takes longer than a node (docs/onnx.md). So it spins for about a node's time, where that can be said.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < SPIN_TIME_SINCE:
+        return {"allow_spinning": "0"}
+    return {"allow_spinning": "1", "spin_duration_us": str(SPIN_US)}
+
+
 def _session(directory: Path, root: Path, threads: int, provider: str) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
-    # Where others use the same cores, a thread that spins takes one from whom it waits for (docs/onnx.md).
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in _waiting(onnxruntime.__version__).items():
+        options.add_session_config_entry(f"session.intra_op.{name}", value)
     options.log_severity_level = 3
     try:
         return open_session(directory / GRAPH_FILE, provider, options)

@@ -20,7 +20,7 @@ from quant.format import Checkpoint, read_checkpoint
 from quant.llama import CheckpointError
 from runtime.engine.base import GenerationRequest, SamplingParams
 from runtime.engine.onnx import OnnxRunner
-from runtime.engine.onnx_session import OnnxUnavailableError
+from runtime.engine.onnx_session import OnnxUnavailableError, open_model
 from runtime.engine.reference import ReferenceRunner
 from runtime.engine.runner import ModelRunner, SequenceSlice
 
@@ -203,6 +203,19 @@ def test_heads_that_onnx_runtime_does_not_take(tmp_path: Path) -> None:
     root = write_4bit(tmp_path / "model", head_dim=6)
     with pytest.raises(CheckpointError, match="heads have a width of 6, and ONNX Runtime takes multiples of 8"):
         OnnxRunner(root)
+
+
+@pytest.mark.parametrize("version", ["1.24.4", "1.25.1", "1.26.0", "1.33.0.dev20261101", "2.0.0"])
+def test_threads_spin_no_longer_than_they_can_be_told(
+    quantized: Checkpoint, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    options = open_model(quantized.path, threads=2).session.get_session_options()
+    if version.startswith(("1.24", "1.25")):
+        expected = {"session.intra_op.allow_spinning": "0"}
+    else:
+        expected = {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_duration_us": "50"}
+    assert {name: options.get_session_config_entry(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
