@@ -19,8 +19,10 @@ from quant.onnx_directory import GRAPH_FILE, is_exported, read_export
 from runtime.engine.onnx_provider import DEVICES, OnnxProviderError, open_session, placement, require_provider
 
 SPIN_US = 50
+"""How long a thread spins while it waits for others, before it sleeps: about the time of a node."""
+
 SPIN_TIME_SINCE = (1, 26)
-"""ONNX Runtime's versions before spin for long or not at all."""
+"""The first version of ONNX Runtime that can be told; those before spin for long or not at all."""
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ def _waiting(version: str) -> dict[str, str]:
     """How a thread waits for the others at the end of each node, as entries of `session.intra_op`.
 
     Where others use the same cores, a thread that spins takes one from whom it waits for; where nobody does, sleeping
-    and waking takes longer than a node (docs/onnx.md). So it spins for about a node's time, where that can be said.
+    and waking takes longer than a node (docs/onnx.md).
     """
     major, minor = (int(part) for part in version.split(".")[:2])
     if (major, minor) < SPIN_TIME_SINCE:

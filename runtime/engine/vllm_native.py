@@ -115,14 +115,13 @@ def load_operators() -> None:
         NativeLibraryError: the extension is not built, or this torch has not the C interface; 2.13 has.
     """
     library = load_library()
-    torch_cpu = ctypes.CDLL(TORCH_CPU)
 
     def address_of(name: str) -> int:
-        return ctypes.cast(torch_cpu[name], ctypes.c_void_p).value or 0
+        return ctypes.cast(ctypes.CDLL(TORCH_CPU)[name], ctypes.c_void_p).value or 0
 
     try:
         library.implement_torch_operators(address_of)
-    except AttributeError as error:
+    except (AttributeError, OSError) as error:
         raise NativeLibraryError(f"torch {torch.__version__} lacks a part of its stable C interface: {error}") from None
 
 

@@ -155,8 +155,9 @@ def test_a_native_layer_lives_as_long_as_its_handle() -> None:
     assert torch.equal(torch.ops.osp.native_linear(x, handle, OUTPUTS, torch.float32), expected)
 
 
-def test_a_torch_without_the_c_interface_computes_with_its_own(monkeypatch: Any, caplog: Any) -> None:
-    monkeypatch.setattr(vllm_native, "TORCH_CPU", None)  # the functions of this process
+@pytest.mark.parametrize("library", [None, "/no/libtorch_cpu.so"])  # None: what this process has for all
+def test_a_torch_without_the_c_interface_computes_with_its_own(monkeypatch: Any, caplog: Any, library: Any) -> None:
+    monkeypatch.setattr(vllm_native, "TORCH_CPU", library)
     monkeypatch.setattr(vllm_choice, "load_operators", load_operators.__wrapped__)
     vllm_choice._native_serves.cache_clear()
     try:
