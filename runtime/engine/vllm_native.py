@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from runtime.engine.native_library import NativeLibraryError, load_library
 from runtime.engine.vllm_kernels import CodedKernel, FusedWeight, InputScheme
 
 log = logging.getLogger("vllm.osp")
+
+TORCH_CPU = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
 
 
 class NativeKernel(CodedKernel):
@@ -77,8 +79,6 @@ class NativeKernel(CodedKernel):
         return y_NM.to(dtype)
 
 
-TORCH_CPU = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
-
 _NUMBERS = (torch.float32, torch.bfloat16)
 """What the native engine reads and writes; every float16 is a float32."""
 
@@ -115,12 +115,8 @@ def load_operators() -> None:
         NativeLibraryError: the extension is not built, or this torch has not the C interface; 2.13 has.
     """
     library = load_library()
-
-    def address_of(name: str) -> int:
-        return ctypes.cast(ctypes.CDLL(TORCH_CPU)[name], ctypes.c_void_p).value or 0
-
     try:
-        library.implement_torch_operators(address_of)
+        library.implement_torch_operators(partial(_address, TORCH_CPU))
     except (AttributeError, OSError) as error:
         raise NativeLibraryError(f"torch {torch.__version__} lacks a part of its stable C interface: {error}") from None
 
@@ -145,8 +141,17 @@ def _openmp() -> int:
     """
     for name in (None, TORCH_CPU):
         try:
-            address = ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value
+            return _address(name, "GOMP_parallel")
         except (OSError, AttributeError):
             continue
-        return address or 0
     return 0
+
+
+def _address(library: str | None, function: str) -> int:
+    """Where a function of a shared library is; of None, of those that this process has for all.
+
+    Raises:
+        OSError: the library cannot be opened.
+        AttributeError: it has no such function.
+    """
+    return ctypes.cast(ctypes.CDLL(library)[function], ctypes.c_void_p).value or 0

@@ -11,13 +11,10 @@
 #endif
 
 namespace osp {
-namespace {
-
-constexpr std::size_t kAlignment = 64;
-
-std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 #if defined(__linux__)
+
+namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kSharedBytes = 16 * kHugePage;  // address space, of which what is written takes memory
@@ -67,15 +64,15 @@ Piece shared_piece(std::size_t bytes) {
     return {std::move(mapping), data};
 }
 
-#endif
-
 }  // namespace
+
+#endif
 
 Buffer::Buffer(std::size_t bytes, [[maybe_unused]] Pages pages) : bytes_(bytes) {
     if (bytes == 0) return;
 #if defined(__linux__)
     if (pages == Pages::kShared && bytes < kHugePage) {
-        Piece piece = shared_piece(aligned(bytes));
+        Piece piece = shared_piece(lines(bytes));
         memory_ = std::move(piece.of);
         data_ = piece.data;
     } else {
@@ -84,7 +81,7 @@ Buffer::Buffer(std::size_t bytes, [[maybe_unused]] Pages pages) : bytes_(bytes) 
         data_ = mapping->data();
     }
 #else
-    memory_ = std::shared_ptr<void>(std::aligned_alloc(kAlignment, aligned(bytes)), std::free);
+    memory_ = std::shared_ptr<void>(std::aligned_alloc(kCacheLineBytes, lines(bytes)), std::free);
     if (!memory_) throw std::bad_alloc();
     data_ = static_cast<std::uint8_t*>(const_cast<void*>(memory_.get()));
     std::memset(data_, 0, bytes);

@@ -7,6 +7,13 @@
 
 namespace osp {
 
+constexpr std::size_t kCacheLineBytes = 64;
+
+// Whole cache lines that hold so many bytes; in bytes too.
+constexpr std::size_t lines(std::size_t bytes) {
+    return (bytes + kCacheLineBytes - 1) / kCacheLineBytes * kCacheLineBytes;
+}
+
 // What memory comes in, where the system has a choice. A page that is written anywhere takes memory whole.
 enum class Pages : std::uint8_t {
     kHuge,    // of its own, huge if there is room for one

@@ -18,8 +18,6 @@ constexpr int kRowsOfBlock = 256;      // rows that meet a panel while it is in 
 constexpr int kOutputsOfChunk = 1024;  // rows times panels
 constexpr int kChunksOfThread = 4;
 
-std::size_t lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 void widen(const std::uint16_t* from, int count, float* to) {
     for (int i = 0; i < count; ++i) {
         const std::uint32_t bits = static_cast<std::uint32_t>(from[i]) << 16;

@@ -60,7 +60,7 @@ PackedMatrix::PackedMatrix(Format format, int rows, int columns, std::vector<flo
     const int padded = integer ? (columns + kColumnStep - 1) / kColumnStep * kColumnStep : columns;
     panels_.format = format;
     panels_.columns = padded;
-    panels_.panel_bytes = (column_bytes(format, padded) + 63) / 64 * 64;
+    panels_.panel_bytes = lines(column_bytes(format, padded));
     panels_.scale_per_output = scales.size() > 1;
     data_ = Buffer(panels_.panel_bytes * static_cast<std::size_t>(panels()), Pages::kShared);
     panels_.data = data_.data();

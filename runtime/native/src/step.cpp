@@ -11,8 +11,6 @@ constexpr std::size_t kLargestChunk = 1 << 20, kSmallestChunk = 16 << 10;  // by
 constexpr std::size_t kSharesOfThread = 3;
 constexpr int kOutputsOfChunk = 1024;  // rows times panels
 
-std::size_t lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // A prepared row in scratch: floats, codes, their sum, the scale.
 struct PreparedRow {
     PreparedRow(std::byte* scratch, int index, int stride)
@@ -176,8 +174,7 @@ void StepBuilder::prepare(const FloatPlane& source, const InputPlane& target, co
     const HadamardPlan transform = hadamard ? hadamard->plan() : HadamardPlan{};
     const Kernel& kernel = kernel_;
     const auto compute = [=, &source, &kernel](int chunk, std::byte* scratch) {
-        auto* room =
-            reinterpret_cast<float*>(scratch + PreparedRow::bytes(stride) * static_cast<std::size_t>(kRowsOfTile));
+        auto* room = reinterpret_cast<float*>(scratch + PreparedRow::bytes(stride) * kRowsOfTile);
         for (int n = chunk * kRowsOfTile, i = 0; n < std::min(count, (chunk + 1) * kRowsOfTile); ++n, ++i) {
             const PreparedRow row(scratch, i, stride);
             const float* from = source.row(n);

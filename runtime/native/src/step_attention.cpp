@@ -18,7 +18,7 @@ void StepBuilder::place(int layer) {
     const Kernel& kernel = kernel_;
     const auto compute = [=, &a, &kernel](int chunk, std::byte* scratch) {
         auto* row = reinterpret_cast<float*>(scratch);
-        float* room = row + static_cast<std::size_t>(kRowsOfTile) * static_cast<std::size_t>(width);
+        float* room = row + static_cast<std::size_t>(width) * kRowsOfTile;
         for (int n = chunk * kRowsOfTile; n < std::min(count, (chunk + 1) * kRowsOfTile); ++n, row += width) {
             std::copy_n(a.queries.row(n), shape.queries(), row);
             std::copy_n(a.keys.row(n), shape.keys(), row + shape.queries());
