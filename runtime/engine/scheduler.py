@@ -136,7 +136,7 @@ class Scheduler:
         """The next step's work; empty only when idle."""
         step = Step()
         for sequence in self._running:  # those that are put off meanwhile leave at its end
-            if sequence.remaining == 1 and self._secure_block(sequence, step):
+            if sequence.decoding and self._secure_block(sequence, step):
                 step.add(sequence, 1)
         self._admit()
         self._prefill(step)

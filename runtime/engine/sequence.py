@@ -52,13 +52,18 @@ class ScheduledSequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens to compute before the next one can be chosen; 1 while it decodes."""
+        """Tokens to compute before the next one can be chosen."""
         return len(self.tokens) - self.computed
 
     @property
     def started(self) -> bool:
         """Whether a token has been generated."""
         return len(self.tokens) > len(self.request.prompt_token_ids)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the newest token, a generated one, is all that remains."""
+        return self.started and self.remaining == 1
 
     @property
     def scores_prompt(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from zlib import crc32
 
 import numpy as np
@@ -161,6 +162,18 @@ def test_a_long_prompt_is_cut_and_does_not_stop_the_others() -> None:
         {"short": 1, "long": 7, "next": 2},
         {"short": 1, "long": 1, "next": 1},
     ]
+
+
+@pytest.mark.parametrize("cached", [0, 4])
+def test_a_prompt_with_one_token_to_compute_does_not_overtake_older_prompts(cached: int) -> None:
+    drive = Drive(HistoryRunner(100), max_sequences=3, token_budget=3)
+    short = request("short", prompt=1 + cached, max_tokens=1)
+    drive.scheduler.add(short)
+    drive.finish()  # the prefix cache has all of the prompt from now on, but for its last token
+    drive.scheduler.add(request("a", prompt=3, max_tokens=1))
+    drive.scheduler.add(request("b", prompt=4, max_tokens=1))
+    drive.scheduler.add(replace(short, request_id="again"))
+    assert [lengths(drive.step()) for _ in range(3)] == [{"a": 3}, {"b": 3}, {"b": 1, "again": 1}]
 
 
 def test_the_head_of_the_queue_is_not_overtaken() -> None:
