@@ -8,7 +8,9 @@ happens.
 
 from __future__ import annotations
 
+import importlib
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -18,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from trainer.guard import TrainingStoppedError
 
 LONGEST_WAIT = timedelta(days=2)
 """The others wait while process 0 prepares a corpus. A process that died is `torchrun`'s to notice, not a timeout's."""
@@ -38,7 +42,13 @@ def process_group(device: str) -> Iterator[None]:
     """Within the block, the processes that `torchrun` started can reach each other, and have a GPU each if there are
     any and `device` (see `TrainConfig`) is not "cpu".
 
-    An error leaves at once: the others may be waiting for this process, and `torchrun` ends them.
+    An error leaves at once: the others may be waiting for this process, and `torchrun` ends them. It is no error that
+    training is asked to stop: all processes stop together.
+
+    What the block made of DDP and optimizers must be gone at its end: they hold the group, and gloo's threads end with
+    the last that does. A thread wants the interpreter to give back the tensors of its last work. If DDP is the last,
+    it waits for the thread and keeps the interpreter from it, for ever; if nothing is, and the interpreter ends, the
+    thread ends the process by SIGABRT.
     """
     if world_size() == 1:
         yield
@@ -46,8 +56,16 @@ def process_group(device: str) -> Iterator[None]:
     on_gpus = device != "cpu" and torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Functions in these keep the group that there is when they are imported, as the default of an argument.
+    for module in ("torch.distributed.nn", "torch.distributed.optim"):
+        importlib.import_module(module)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=LONGEST_WAIT)
-    yield
+    try:
+        yield
+    except TrainingStoppedError as stopped:
+        traceback.clear_frames(stopped.__traceback__)
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

@@ -25,6 +25,14 @@ from trainer.plan import optimizer_bytes
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+OSP = """
+import sys
+from runtime.cli import main
+from tests.trainer.rank_worker import gloo_threads
+main(sys.argv[1:], standalone_mode=False)
+sys.exit(gloo_threads())
+"""
+"""The command `osp`, which fails if a thread of gloo's is left at its end."""
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +92,18 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(shared):
         assert rank["skipped"] == [1, True]
 
 
+def test_no_thread_of_gloos_is_left_that_could_end_the_process_by_sigabrt(shared):
+    for rank in shared[3]:
+        before, after = rank["gloo_threads"]
+        assert before > 0
+        assert after == 0
+
+
 def test_sigterm_to_one_process_stops_all_with_one_checkpoint_and_one_answer(licence_corpus, tmp_path):
     options = ["--preset", "tiny", "--steps", "100000", "--checkpoint-every", "5", "--json"]
     options += ["--data", str(licence_corpus), "--out", str(tmp_path / "run")]
     run = subprocess.Popen(
-        [*TORCHRUN, "-m", "runtime.cli", "train", *options],
+        [*TORCHRUN, "--no-python", sys.executable, "-c", OSP, "train", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
