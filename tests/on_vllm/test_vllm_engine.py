@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
+from engine_client import PROMPT, Client
 from numpy.typing import NDArray
 
 from quant.format import read_checkpoint
 from runtime.engine.base import (
     DrainingError,
-    Engine,
     FinishReason,
     GenerationRequest,
     RequestRejectedError,
-    SamplingParams,
     TokenChunk,
     TokenLogprobs,
 )
@@ -34,41 +33,8 @@ from runtime.text.tokenizer import Tokenizer
 pytest.importorskip("vllm", reason="vLLM is not installed here; docs/vllm.md says how")
 
 MOST_SEQUENCES = 8
-PROMPT = tuple(range(300, 324))
 TOLERANCE = 0.15
 """Of a log-probability: vLLM computes the whole model in bfloat16, the reference in float32."""
-
-Result = TypeVar("Result")
-
-
-class Client:
-    """Drives an engine from one event loop, as the server does."""
-
-    def __init__(self, engine: Engine, loop: asyncio.Runner) -> None:
-        self.engine = engine
-        self._loop = loop
-        self._count = 0
-
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return self._loop.run(work)
-
-    def request(self, prompt: Sequence[int] = PROMPT, n: int = 1, **more: Any) -> GenerationRequest:
-        self._count += 1
-        names = ("priority", "cache_salt")
-        sampling = SamplingParams(**{name: value for name, value in more.items() if name not in names})
-        rest = {name: more[name] for name in names if name in more}
-        return GenerationRequest(f"test-{self._count}", tuple(prompt), sampling, n, **rest)
-
-    async def collect(self, request: GenerationRequest) -> list[TokenChunk]:
-        return [chunk async for chunk in self.engine.generate(request)]
-
-    def chunks(self, *arguments: Any, **named: Any) -> list[TokenChunk]:
-        return self.run(self.collect(self.request(*arguments, **named)))
-
-    def tokens(self, *arguments: Any, **named: Any) -> list[list[int]]:
-        """Of each sequence."""
-        chunks = self.chunks(*arguments, **named)
-        return [[t for c in chunks if c.index == i for t in c.token_ids] for i in range(named.get("n", 1))]
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,8 @@ def test_sigterm_to_one_process_stops_all_with_one_checkpoint_and_one_answer(lic
         second.send_signal(signal.SIGTERM)
         out, err = run.communicate(timeout=100)
     finally:
-        run.kill()
+        run.terminate()  # and torchrun ends those that it started
+        run.wait(60)
     assert run.returncode == 0, err
     file = checkpoints(tmp_path / "run")[-1]
     assert json.loads(out) == {"stopped_at_step": int(file.stem[5:])}

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 from checkpoints import write_served
+from exposition import samples_of, total
 from fake_server import FakeServer
-from prometheus_client.parser import text_string_to_metric_families
 from server_process import ServerProcess, running_server
 
 from runtime.loadtest.contender import Contender
@@ -114,9 +114,7 @@ def test_answers_to_text_end_where_the_model_ends_them(documents: list[str], tmp
 
 def cached_tokens(server: ServerProcess) -> float:
     """As the server counts them."""
-    page = httpx.get(f"{server.url}/metrics").text
-    samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
-    return sum(sample.value for sample in samples if sample.name == "osp_prompt_tokens_cached_total")
+    return total(samples_of(httpx.get(f"{server.url}/metrics").text), "osp_prompt_tokens_cached_total")
 
 
 def loaded(server: ServerProcess, workload: Workload) -> tuple[Load, float]:

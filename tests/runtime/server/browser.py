@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 COMMANDS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+READY = "#run:enabled"
+"""In the playground: the models are known, and nothing runs."""
 
 
 @contextlib.contextmanager
@@ -59,6 +61,17 @@ class Visit:
     def texts(self, selector: str) -> list[str]:
         """The texts of all elements, in their order."""
         return self.page.locator(selector).all_text_contents()
+
+    def fill(self, **fields: object) -> None:
+        """Fills in fields of the playground's form, by their ids."""
+        for name, value in fields.items():
+            self.page.fill(f"#{name}", str(value))
+
+    def run(self, **fields: object) -> None:
+        """Fills in the playground's form, sends it, and waits for the end of all answers."""
+        self.fill(**fields)
+        self.page.press("#prompt", "Control+Enter")
+        self.wait(READY)
 
     def wait(self, selector: str, text: str | None = None) -> None:
         """Waits until there is such an element, with such a text in it. Not by a script: the page forbids `eval`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
+from exposition import samples_of, total
 from sabotage import STEPS
 from server_process import ServerProcess, running_server
 
@@ -40,9 +40,9 @@ async def streamed(client: httpx.AsyncClient, seed: int, leave_after: int | None
 
 async def gauges(client: httpx.AsyncClient) -> dict[str, float]:
     """How much is going on in the engine."""
-    families = text_string_to_metric_families((await client.get("/metrics")).text)
+    samples = samples_of((await client.get("/metrics")).text)
     names = ("osp_num_requests_running", "osp_num_requests_waiting", "osp_kv_cache_usage_perc")
-    return {family.name: family.samples[0].value for family in families if family.name in names}
+    return {name: total(samples, name) for name in names}
 
 
 def test_sigterm_under_load_loses_no_finished_answer(checkpoint: Path) -> None:

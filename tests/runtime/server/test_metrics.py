@@ -7,49 +7,27 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from exposition import Samples, quantile, samples_of, total
 from scripted_engine import ScriptedEngine
 from scripted_server import ScriptedServer
 from server_process import ServerProcess
 
-from quant.format import read_checkpoint
-from runtime.engine.base import EngineStats, FinishReason, GenerationRequest, SamplingParams
-from runtime.engine.local import LocalEngine
+from runtime.engine.base import EngineStats
 from runtime.engine.native_library import load_library
-from runtime.engine.reference import ReferenceRunner
-from runtime.server.app import create_app
 from runtime.server.auth import ApiKeys
-from runtime.server.catalog import ModelCatalog, ServedModel
 from runtime.server.settings import ServerSettings
-from runtime.server.telemetry import Telemetry
 from runtime.text.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 
-Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
-
-def values(exposition: str) -> Values:
-    """Every sample by its name and labels."""
-    families = text_string_to_metric_families(exposition)
-    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
-
-
-def total(samples: Values, name: str, **labels: str) -> float:
-    """The sum of all samples of this name that have these labels."""
-    return sum(value for (n, with_), value in samples.items() if n == name and labels.items() <= set(with_))
-
-
-def scraped(server: ScriptedServer) -> Values:
-    return values(server.telemetry.exposition().decode())
+def scraped(server: ScriptedServer) -> Samples:
+    return samples_of(server.telemetry.exposition().decode())
 
 
 def run(coroutine: Any) -> Any:
@@ -68,7 +46,7 @@ def test_the_page_lists_every_metric_and_its_type(tokenizer: Tokenizer) -> None:
 
 
 def test_the_kernel_that_runs_is_named(server: ServerProcess) -> None:
-    samples = values(httpx.get(f"{server.url}/metrics").text)
+    samples = samples_of(httpx.get(f"{server.url}/metrics").text)
     [labels] = [dict(labels) for name, labels in samples if name == "osp_engine_info"]
     assert (labels["model_name"], labels["precision"]) == ("tiny", "w4a4")
     if labels["engine"] == "native":
@@ -201,30 +179,17 @@ def test_what_clients_make_up_makes_no_new_series(tokenizer: Tokenizer) -> None:
 def test_the_process_tells_its_memory(server: ServerProcess) -> None:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     resident_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
-    told = total(values(httpx.get(f"{server.url}/metrics").text), "process_resident_memory_bytes")
+    told = total(samples_of(httpx.get(f"{server.url}/metrics").text), "process_resident_memory_bytes")
     assert told == pytest.approx(resident_kb * 1024, rel=0.1)
-
-
-def quantile(samples: Values, name: str, q: float) -> float:
-    """As Prometheus's `histogram_quantile`: linear within a bucket."""
-    buckets = sorted(
-        (float(dict(labels)["le"]), n) for (sample, labels), n in samples.items() if sample == f"{name}_bucket"
-    )
-    rank, lower, below = q * buckets[-1][1], 0.0, 0.0
-    for bound, count in buckets:
-        if count >= rank:
-            return lower if bound == float("inf") else lower + (bound - lower) * (rank - below) / (count - below)
-        lower, below = bound, count
-    raise AssertionError("a histogram without an end")
 
 
 def test_the_lag_of_the_event_loop_is_seen(tokenizer: Tokenizer) -> None:
     server = ScriptedServer(tokenizer, "hello")
 
-    async def lag() -> Values:
+    async def lag() -> Samples:
         async with server.app.router.lifespan_context(server.app):
             await asyncio.sleep(0.4)
-            before = values(server.telemetry.exposition().decode())
+            before = samples_of(server.telemetry.exposition().decode())
             for _ in range(3):
                 time.sleep(0.3)  # what no code of the server may do
                 await asyncio.sleep(0.07)
@@ -234,72 +199,3 @@ def test_the_lag_of_the_event_loop_is_seen(tokenizer: Tokenizer) -> None:
     assert total(before, "osp_event_loop_lag_seconds_count") >= 4
     assert quantile(before, "osp_event_loop_lag_seconds", 0.5) < 0.1
     assert 0.2 < quantile(after, "osp_event_loop_lag_seconds", 0.99) <= 0.5
-
-
-class Laboratory:
-    """A real engine behind the metrics, whose runner can be made to yield NaN."""
-
-    def __init__(self, checkpoint: Path, tokenizer: Tokenizer) -> None:
-        self.runner = ReferenceRunner(read_checkpoint(checkpoint))
-        self.telemetry = Telemetry()
-        self.model = ServedModel("lab", LocalEngine(self.runner), tokenizer, self.telemetry)
-        self.app = create_app(ServerSettings(), ModelCatalog([self.model]), self.telemetry)
-
-    async def post(self, **body: Any) -> httpx.Response:
-        transport = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
-            return await client.post("/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 4} | body)
-
-    def spoil(self) -> None:
-        healthy = self.runner.step
-
-        def step(batch: Any) -> Any:
-            logits = healthy(batch)
-            logits.rows()[:] = np.nan
-            return logits
-
-        self.runner.step = step  # type: ignore[method-assign]
-
-
-def test_steps_caches_and_corrupt_logits_of_a_real_engine(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    lab = Laboratory(checkpoint, tokenizer)
-
-    async def main() -> Iterable[httpx.Response]:
-        prompt = list(range(1, 41))
-        good = [await lab.post(prompt=prompt, ignore_eos=True) for _ in range(2)]
-        lab.spoil()
-        bad = await lab.post()
-        await lab.model.engine.shutdown(0)
-        return *good, bad
-
-    first, second, bad = run(main())
-    assert first.status_code == second.status_code == 200
-    assert bad.status_code == 500
-    assert bad.json()["error"]["code"] == "generation_failed"
-    samples = values(lab.telemetry.exposition().decode())
-    assert total(samples, "osp_corrupted_requests_total") == 1
-    assert total(samples, "osp_request_success_total", finished_reason="error") == 1
-    cached = total(samples, "osp_prompt_tokens_cached_total")
-    assert 0 < cached < 40
-    assert cached == total(samples, "osp_prefix_cache_hits_total")
-    assert total(samples, "osp_prompt_tokens_total") == 80
-    assert total(samples, "osp_engine_step_seconds_count") == 4 + 4 + 1
-    assert total(samples, "osp_engine_step_tokens_sum") == 80 - cached + 3 + 3 + 3
-    assert total(samples, "osp_engine_step_seconds_sum") > 0
-
-
-def test_an_engine_that_passes_through_the_metrics_is_the_engine(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    lab = Laboratory(checkpoint, tokenizer)
-    request = GenerationRequest("a", (1, 2, 3), SamplingParams(max_tokens=6, seed=3, logprobs=2), n=2)
-
-    async def main() -> tuple[list[Any], list[Any]]:
-        direct = LocalEngine(lab.runner)
-        mine = sorted([chunk async for chunk in direct.generate(request)], key=lambda chunk: chunk.index)
-        await direct.shutdown(0)
-        through = [chunk async for chunk in lab.model.engine.generate(replace(request, request_id="b"))]
-        await lab.model.engine.shutdown(0)
-        return mine, sorted(through, key=lambda chunk: chunk.index)
-
-    direct, through = run(main())
-    assert direct == through
-    assert direct[-1].finish_reason is FinishReason.LENGTH

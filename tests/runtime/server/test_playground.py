@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from browser import Visit, chromium, visit
+from browser import READY, Visit, chromium, visit
+from exposition import samples_of, total
 from live_app import live
 from sabotage import STEPS
 from scripted_server import ScriptedServer
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 KEY = "sesame"
 PROMPT = "The capital of France is"  # the bundled models agree for a while on what comes next
-READY = "#run:enabled"
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +58,6 @@ def scripted(tokenizer: Tokenizer) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-def fill(tab: Visit, **fields: object) -> None:
-    for name, value in fields.items():
-        tab.page.fill(f"#{name}", str(value))
-
-
-def run(tab: Visit, **fields: object) -> None:
-    """Fills the form in, sends it, and waits for the end of all answers."""
-    fill(tab, **fields)
-    tab.page.press("#prompt", "Control+Enter")
-    tab.wait(READY)
-
-
 def direct(url: str, **body: Any) -> dict[str, Any]:
     """The same request without a browser and without a stream."""
     answer: dict[str, Any] = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
@@ -88,7 +76,7 @@ def test_a_typed_prompt_is_answered_token_by_token(browser: Browser, pair: Serve
         }""")
         tab.page.fill("#prompt", "")
         tab.page.type("#prompt", PROMPT)
-        run(tab, temperature=0, max_tokens=20)
+        tab.run(temperature=0, max_tokens=20)
         lengths = [length for length in tab.page.evaluate("window.lengths") if length > len(PROMPT)]
         answer = direct(pair.url, model="demo", prompt=PROMPT, temperature=0, max_tokens=20)
         assert tab.text(".output") == PROMPT + answer["choices"][0]["text"]
@@ -106,7 +94,7 @@ def test_two_models_answer_the_same_prompt(browser: Browser, pair: ServerProcess
         tab.wait(READY)
         tab.page.check("#compare")
         assert tab.texts(".pane select option") == ["demo", "demo-16bit"] * 2
-        run(tab, prompt=PROMPT, temperature=0, max_tokens=12)
+        tab.run(prompt=PROMPT, temperature=0, max_tokens=12)
         answers = [
             direct(pair.url, model=model, prompt=PROMPT, temperature=0, max_tokens=12)["choices"][0]["text"]
             for model in ("demo", "demo-16bit")
@@ -129,7 +117,7 @@ def test_the_two_run_at_once_or_in_turn(browser: Browser, pair: ServerProcess, i
         tab.wait(READY)
         tab.page.check("#compare")
         tab.page.set_checked("#in-turn", in_turn)
-        run(tab, max_tokens=4)
+        tab.run(max_tokens=4)
         for _ in range(100):  # the driver may tell of the end later than the page
             if seen.count("ends") < 2:
                 tab.page.wait_for_timeout(50)
@@ -146,7 +134,7 @@ def test_a_model_is_picked_and_described(browser: Browser, pair: ServerProcess) 
             quality = card["quality"]
             assert f"{quality.get('perplexity', quality['perplexity_16bit']):.2f}" in tab.text(".quality")
             assert tab.page.is_visible(".scheme") is (card["scheme"] is not None)
-            run(tab, prompt=PROMPT, temperature=0, max_tokens=3)
+            tab.run(prompt=PROMPT, temperature=0, max_tokens=3)
             text = direct(pair.url, model=card["id"], prompt=PROMPT, temperature=0, max_tokens=3)["choices"][0]["text"]
             assert tab.text(".output") == PROMPT + text
         assert tab.page.is_disabled("input[value=chat]")
@@ -158,8 +146,8 @@ def test_parameters_reach_the_server(browser: Browser, scripted: str) -> None:
     with visit(browser, scripted) as tab:
         tab.page.on("request", lambda request: request.post_data and sent.append(request.post_data_json))
         tab.wait(READY)
-        run(tab, prompt="x", temperature=0.3, top_p=0.9, max_tokens=4, seed=7, stop_strings="end\n\\n\\n\n")
-        run(tab, prompt="x", temperature="", top_p="", max_tokens=4, seed="", stop_strings="")
+        tab.run(prompt="x", temperature=0.3, top_p=0.9, max_tokens=4, seed=7, stop_strings="end\n\\n\\n\n")
+        tab.run(prompt="x", temperature="", top_p="", max_tokens=4, seed="", stop_strings="")
     full, bare = ({name: value for name, value in body.items() if "stream" not in name} for body in sent)
     wanted = {"temperature": 0.3, "top_p": 0.9, "max_tokens": 4, "seed": 7, "stop": ["end", "\n\n"]}
     assert full == {"model": "scripted", "prompt": "x", **wanted}
@@ -172,32 +160,30 @@ def test_a_refusal_is_shown_in_the_server_s_words(browser: Browser, scripted: st
         tab.wait(READY)
         for field, typed in (("temperature", 3), ("max_tokens", 4000), ("seed", "9" * 20), ("seed", "x")):
             said = direct(scripted, **{"prompt": PROMPT, **good, field: typed})
-            run(tab, **{"prompt": PROMPT, **good, field: typed})
+            tab.run(**{"prompt": PROMPT, **good, field: typed})
             assert tab.text(".status.error") == said["error"]["message"]
-        run(tab, **good)
+        tab.run(**good)
         assert tab.texts(".status.error") == []
 
 
-def metric(server: ServerProcess, *parts: str) -> float:
-    """The value of the only sample whose line has all the parts."""
+def metric(server: ServerProcess, name: str, **labels: str) -> float:
     page = httpx.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
-    (line,) = (line for line in page.splitlines() if not line.startswith("#") and all(part in line for part in parts))
-    return float(line.split()[-1])
+    return total(samples_of(page), name, **labels)
 
 
 def unlock(tab: Visit) -> None:
-    fill(tab, key=KEY)
+    tab.fill(key=KEY)
     tab.page.press("#key", "Enter")
     tab.wait(READY)
 
 
 def test_stop_ends_the_answer_and_the_generation(browser: Browser, slow: ServerProcess) -> None:
-    aborted = ("osp_request_success_total", 'finished_reason="abort"', 'model_name="mute"')
-    before = metric(slow, *aborted)
+    aborted = {"name": "osp_request_success_total", "finished_reason": "abort", "model_name": "mute"}
+    before = metric(slow, **aborted)
     with visit(browser, slow.url) as tab:
         unlock(tab)
         tab.page.select_option(".pane select", "mute")
-        fill(tab, prompt="x", max_tokens=60, seed=1)
+        tab.fill(prompt="x", max_tokens=60, seed=1)
         for how in (lambda: tab.page.click("#stop"), lambda: tab.page.keyboard.press("Escape")):
             tab.page.press("#prompt", "Control+Enter")
             tab.wait("[data-figure=tokens]", "3")
@@ -205,21 +191,20 @@ def test_stop_ends_the_answer_and_the_generation(browser: Browser, slow: ServerP
             tab.wait(READY)
             assert tab.text(".status") == "stopped"
             assert 2 < int(tab.text("[data-figure=tokens]")) < 60
-    running = ("osp_num_requests_running", 'model_name="mute"')
     deadline = time.monotonic() + 20
-    while metric(slow, *running):
+    while metric(slow, "osp_num_requests_running", model_name="mute"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert metric(slow, *aborted) == before + 2
+    assert metric(slow, **aborted) == before + 2
 
 
 def test_the_load_of_the_model_is_shown(browser: Browser, slow: ServerProcess) -> None:
     with visit(browser, slow.url) as tab:
         unlock(tab)
-        fill(tab, prompt="x", max_tokens=200, seed=1)
+        tab.fill(prompt="x", max_tokens=200, seed=1)
         tab.page.press("#prompt", "Control+Enter")
         tab.wait("[data-gauge=running]", "1")
-        usage = metric(slow, "osp_kv_cache_usage_perc", 'model_name="chatty"')
+        usage = metric(slow, "osp_kv_cache_usage_perc", model_name="chatty")
         assert usage > 0
         assert tab.text("[data-gauge=waiting]") == "0"
         assert float(tab.text("[data-gauge=kv]").removesuffix(" %")) == pytest.approx(100 * usage, abs=1)
@@ -232,9 +217,9 @@ def test_a_conversation(browser: Browser, slow: ServerProcess) -> None:
         unlock(tab)
         tab.page.on("request", lambda request: request.post_data and sent.append(request.post_data_json["messages"]))
         tab.page.check("input[value=chat]", force=True)
-        run(tab, system="Be brief.", prompt="Hello", max_tokens=5, temperature=0)
+        tab.run(system="Be brief.", prompt="Hello", max_tokens=5, temperature=0)
         (first,) = tab.texts(".turn.assistant")
-        run(tab, prompt="And then?", max_tokens=5)
+        tab.run(prompt="And then?", max_tokens=5)
         system, hello = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}
         assert sent[0] == [system, hello]
         answered = {"role": "assistant", "content": first}
@@ -252,7 +237,7 @@ def test_the_open_page_asks_for_the_key_and_keeps_it_in_its_tab(browser: Browser
         tab.page.wait_for_selector("#key")
         assert "API key" in tab.text("#connection")
         assert tab.page.is_disabled("#run")
-        fill(tab, key="wrong")
+        tab.fill(key="wrong")
         tab.page.click("#use-key")
         tab.wait("#connection", "not known")
         unlock(tab)
@@ -271,7 +256,7 @@ def test_a_keyed_page_opens_with_the_browser_s_own_password(browser: Browser, to
         with visit(browser, url, http_credentials={"username": "me", "password": KEY}) as tab:
             tab.wait(READY)
             assert tab.page.is_hidden("#key")
-            run(tab, max_tokens=5)
+            tab.run(max_tokens=5)
             assert tab.text(".output").endswith("hello")
         assert httpx.get(url).status_code == 401
 
@@ -280,7 +265,7 @@ def test_text_of_a_model_is_no_markup(browser: Browser, tokenizer: Tokenizer) ->
     text = "<img src=x onerror=alert(1)><b>bold</b>"
     with live(ScriptedServer(tokenizer, text).app) as port, visit(browser, f"http://127.0.0.1:{port}") as tab:
         tab.wait(READY)
-        run(tab, prompt="<i>p</i>", max_tokens=len(text))
+        tab.run(prompt="<i>p</i>", max_tokens=len(text))
         assert tab.text(".output") == "<i>p</i>" + text
         assert tab.page.locator(".output img, .output b, .output i").count() == 0
         assert tab.faults == []
@@ -291,7 +276,7 @@ def test_what_goes_wrong_midway_is_said_below_what_had_come(browser: Browser, to
     scripted.engine.dies_after = 5
     with live(scripted.app) as port, visit(browser, f"http://127.0.0.1:{port}") as tab:
         tab.wait(READY)
-        run(tab, prompt="x", max_tokens=11)
+        tab.run(prompt="x", max_tokens=11)
         assert tab.text(".output") == "xhello"
         assert tab.text(".status.error") == "the engine has died of a test"
 
