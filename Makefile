@@ -119,8 +119,8 @@ demo-twin: corpus ## Train the demo model's twin with Adam, to compare
 
 # About 80 minutes of one core.
 ablation: corpus ## Train the paper's six recipes, small, and compare them: docs/ablation.md
-	$(BIN)/osp ablate --preset demo --hidden-size 128 --intermediate-size 320 --num-heads 2 --batch-tokens 1024 \
-		--steps 4000 --data $(BUILD)/corpus --out $(BUILD)/ablation
+	$(BIN)/osp ablate --preset demo --hidden-size 128 --intermediate-size 320 --num-heads 2 --batch-tokens 4096 \
+		--steps 1000 --matrix-lr 6e-3 --embedding-lr 6e-3 --data $(BUILD)/corpus --out $(BUILD)/ablation
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
