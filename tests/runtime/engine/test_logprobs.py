@@ -36,7 +36,7 @@ def test_a_row_against_torch(values: list[float], which: int, top: int) -> None:
     found = token_logprobs(logits_V, token, top, 0, Workspace(len(values)))
     np.testing.assert_allclose(found.logprob, expected[token], atol=2e-5)
     assert found.token_id == token
-    assert found.rank == 1 + sum(value > values[token] for value in values)
+    assert found.rank == 1 + sum(logit > logits_V[token] for logit in logits_V)
     order = sorted(range(len(values)), key=lambda i: (-logits_V[i], i))[:top]
     assert [i for i, _ in found.top] == order
     np.testing.assert_allclose([p for _, p in found.top], expected[order], atol=2e-5)
