@@ -117,7 +117,7 @@ demo-model: corpus ## Train, quantize and bundle the demo model again
 demo-twin: corpus ## Train the demo model's twin with Adam, to compare
 	$(BIN)/osp train --preset demo --recipe adam --data $(BUILD)/corpus --out $(BUILD)/adam $(if $(RESUME),--resume)
 
-# About 80 minutes of one core.
+# About an hour of two cores.
 ablation: corpus ## Train the paper's six recipes, small, and compare them: docs/ablation.md
 	$(BIN)/osp ablate --preset demo --hidden-size 128 --intermediate-size 320 --num-heads 2 --batch-tokens 4096 \
 		--steps 1000 --matrix-lr 6e-3 --embedding-lr 6e-3 --data $(BUILD)/corpus --out $(BUILD)/ablation

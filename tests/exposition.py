@@ -15,8 +15,10 @@ def samples_of(page: str) -> Samples:
 
 
 def total(samples: Samples, name: str, **labels: str) -> float:
-    """The sum of all samples of this name that have these labels."""
-    return sum(value for (n, with_), value in samples.items() if n == name and labels.items() <= set(with_))
+    """The sum of all samples of this name that have these labels; there must be one."""
+    found = [value for (n, with_), value in samples.items() if n == name and labels.items() <= set(with_)]
+    assert found, f"no sample of {name} has {labels}"
+    return sum(found)
 
 
 def quantile(samples: Samples, name: str, q: float) -> float:

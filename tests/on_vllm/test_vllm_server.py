@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from exposition import samples_of
 from server_process import EVENT_A_TOKEN, ServerProcess, osp_serve, running_server
 
 from benchmarks.served_perplexity import computed_scores, served_scores, tokenize
@@ -89,8 +89,8 @@ def test_a_load_test_finds_the_kernel_and_measures_quality(server: ServerProcess
 
 
 def test_metrics_and_the_log_name_the_kernel_of_each_layer(server: ServerProcess) -> None:
-    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
-    [labels] = [sample.labels for family in families for sample in family.samples if sample.name == "osp_engine_info"]
+    samples = samples_of(httpx.get(f"{server.url}/metrics").text)
+    [labels] = [dict(labels) for name, labels in samples if name == "osp_engine_info"]
     assert (labels["engine"], labels["precision"]) == ("vllm", "w4a4-kv4-head8-embedding8")
     server.log.wait_for(r"engine vllm: kernel native int4 \(")
     # Four bits a weight in memory, as in the checkpoint; the demo model's head has eight.

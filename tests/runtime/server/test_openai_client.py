@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 from checkpoints import SERVED_CONTEXT as CONTEXT
-from prometheus_client.parser import text_string_to_metric_families
+from exposition import samples_of
 from served_engine import ENGINE
 from server_process import ServerProcess
 
@@ -150,10 +150,11 @@ def test_the_models(client: openai.OpenAI) -> None:
 
 def counts(server: ServerProcess) -> dict[str, float]:
     """The server's metrics by name, with the reason behind the name of `osp_request_success_total`."""
-    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
-    samples = [sample for family in families for sample in family.samples if "model_name" in sample.labels]
-    assert all(sample.labels["model_name"] == "tiny" for sample in samples)
-    return {sample.name + sample.labels.get("finished_reason", ""): sample.value for sample in samples}
+    page = samples_of(httpx.get(f"{server.url}/metrics").text)
+    samples = [(name, dict(labels), value) for (name, labels), value in page.items()]
+    of_models = [sample for sample in samples if "model_name" in sample[1]]
+    assert all(labels["model_name"] == "tiny" for _, labels, _ in of_models)
+    return {name + labels.get("finished_reason", ""): value for name, labels, value in of_models}
 
 
 def test_a_client_that_leaves_stops_its_generation(client: openai.OpenAI, server: ServerProcess) -> None:
